@@ -1,0 +1,184 @@
+"""Every setting: defaults here, then a config file of plain assignments, then flags.
+
+    python train.py config/shakespeare_masked.py --max_iters=2000 --seed 7
+    python train.py --help
+"""
+import ast
+import difflib
+import inspect
+import os
+import re
+import runpy
+import sys
+import typing
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass
+class Config:
+    """Settings of train.py."""
+    out_dir: str = "out"                    # where ckpt.pt, model.pt and log.csv go
+    dataset: str = "shakespeare"            # data/<dataset>/ holds train.bin, val.bin and meta.json
+    init_from: str = "scratch"              # scratch, resume (out_dir/ckpt.pt), or a model.pt to start from
+    eval_only: bool = False                 # print the bound and the table by noise level, then stop
+    eval_interval: int = 500                # steps between evaluations; each also writes the checkpoints
+    eval_iters: int = 64                    # batches in an evaluation, the same ones each time
+    log_interval: int = 10                  # steps between updates of the progress bar
+    process: str = "masked"                 # which diffusion: masked or embed
+    embed_dim: int = 16                     # of embed: width of the noised embeddings
+    batch_size: int = 32                    # sequences in a micro-batch on one device; even
+    gradient_accumulation_steps: int = 1    # micro-batches in an optimizer step, over all devices together
+    block_size: int = 128                   # tokens in a sequence
+    n_layer: int = 4
+    n_head: int = 2
+    n_embd: int = 128
+    dropout: float = 0.0
+    learning_rate: float = 0.02             # of Muon, for the matrices of the blocks
+    adam_lr: float = 0.005                  # of AdamW, for everything else
+    weight_decay: float = 0.1               # of Muon only
+    beta1: float = 0.9                      # of AdamW
+    beta2: float = 0.95
+    grad_clip: float = 1.0                  # the gradient's greatest norm; 0: no limit
+    max_iters: int = 3500                   # optimizer steps
+    warmup_iters: int = 50                  # linear warm-up; linear decay to zero over the last 60 % of the run
+    ema_decay: float = 0.99                 # running average of the weights, which is what is evaluated
+    device: str = "auto"                    # cuda, cuda:1, mps, cpu; auto: the first of these there is
+    dtype: str = "auto"                     # bfloat16 or float32; auto: bfloat16 where the chip computes in it
+    compile: bool | None = None             # torch.compile; None: on CUDA only
+    seed: int = 1337                        # of weights, crops, times and noise
+
+    def __post_init__(self):
+        for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "block_size",
+                     "n_layer", "n_head", "n_embd", "embed_dim"):
+            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in "max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate", "adam_lr", "seed":
+            need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it can't be negative")
+        for name in "dropout", "ema_decay", "beta1", "beta2":
+            need(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        need(self.eval_iters >= 2, f"eval_iters is {self.eval_iters}: a standard error needs at least 2 batches")
+        need(self.batch_size >= 2 and self.batch_size % 2 == 0,
+             f"batch_size is {self.batch_size}: it must be even, since times come in pairs t and 1 - t")
+        need(self.n_embd % (2 * self.n_head) == 0,
+             f"n_embd is {self.n_embd} and n_head {self.n_head}: a head needs a whole, even number of channels, "
+             f"so n_embd must be a multiple of {2 * self.n_head}")
+
+
+@dataclass
+class SampleConfig:
+    """Settings of sample.py."""
+    out_dir: str = "out"                    # loads out_dir/model.pt
+    text: str = ""                          # what is given, with {n} for n unknown tokens; '': all unknown
+    num_samples: int = 4
+    steps: int = 128                        # network calls; never more than there are unknown tokens
+    seed: int = 1337
+    temperature: float = 1.0                # below 1: more likely text; 0: always the likeliest token
+    top_k: int = 0                          # draw from the k likeliest tokens; 0: from all
+    top_p: float = 1.0                      # draw from the fewest tokens that hold this share of probability
+    schedule: str = "linear"                # grid of t: linear, cosine, squared_cosine, exponential
+    order: str = "random"                   # of masked: which tokens first: random, confidence, margin, entropy
+    eta: float = 1.0                        # of embed: share of fresh noise, from 0 (deterministic) to 1 (ancestral)
+    watch: bool = False                     # play it in the terminal
+    device: str = "auto"                    # as in train.py
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        need(self.num_samples >= 1, f"num_samples is {self.num_samples}: it must be at least 1")
+        need(self.steps >= 1, f"steps is {self.steps}: it must be at least 1")
+        need(self.temperature >= 0, f"temperature is {self.temperature}: it can't be negative (0 is greedy)")
+        need(self.top_k >= 0, f"top_k is {self.top_k}: it can't be negative (0 is no limit)")
+        need(0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be in (0, 1]")
+        need(self.seed >= 0, f"seed is {self.seed}: it can't be negative")
+        need(0 <= self.eta <= 1, f"eta is {self.eta}: it must be in [0, 1]")
+        for name, choices in (("schedule", ("linear", "cosine", "squared_cosine", "exponential")),
+                              ("order", ("random", "confidence", "margin", "entropy"))):
+            need(getattr(self, name) in choices,
+                 f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+
+
+def need(ok, sentence):
+    if not ok:
+        raise ValueError(sentence)
+
+
+def fail(sentence):
+    """Ends the program with one sentence on stderr and exit code 1."""
+    raise SystemExit(f"error: {sentence}")
+
+
+def load(cls, argv=None):
+    """A cls (Config or SampleConfig) from defaults, then the config file in argv if there is one, then its flags.
+
+    Flags are --key value or --key=value; a bare --key means True. Exits with one sentence on what it can't read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(describe(cls))
+        raise SystemExit(0)
+    kinds = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(cls).items()}
+    from_file, from_flags = {}, {}
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--"):
+            if not os.path.isfile(word):
+                fail(f"there is no config file {word!r}; settings are given as --key=value")
+            try:
+                values = runpy.run_path(word)
+            except Exception as e:  # noqa: BLE001 (the file is the user's code)
+                fail(f"{word} can't be read as a config file: {type(e).__name__}: {e}")
+            from_file |= {k: v for k, v in values.items() if not k.startswith("_")}
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if bool in kinds.get(key, ()) and (not argv or argv[0] not in ("True", "False", "None")):
+                text = "True"
+            elif argv and key in kinds:
+                text = argv.pop(0)
+        try:
+            from_flags[key] = text if kinds.get(key) == (str,) else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            from_flags[key] = text
+    settings = from_file | from_flags
+    for key, value in settings.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
+            fail(f"there is no setting {key!r}; the nearest is {near!r} (--help lists all)")
+        if type(value) is int and float in kinds[key]:
+            settings[key] = float(value)
+        elif type(value) not in kinds[key]:
+            names = " or ".join(k.__name__ for k in kinds[key])
+            fail(f"{key} must be of type {names}, not {value!r}")
+    try:
+        return cls(**settings)
+    except ValueError as e:
+        fail(e)
+
+
+def describe(cls):
+    """Text of --help: each setting with its default and the comment beside it in this file."""
+    lines = [cls.__doc__, "Give a config file of assignments, and flags as --key=value or --key value.", ""]
+    source = inspect.getsource(cls)
+    for f in fields(cls):
+        comment = re.search(rf"^    {f.name}: [^#\n]*(?:# (.*))?$", source, re.MULTILINE).group(1) or ""
+        lines.append(f"  --{f.name}={f.default!r}".ljust(40) + comment)
+    return "\n".join(lines)
+
+
+def hardware(cfg):
+    """cfg with device, dtype and (where it has one) compile decided for this machine."""
+    import torch
+    device, dtype = cfg.device, cfg.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cuda", "mps", "cpu") or kind == "cuda" and not torch.cuda.is_available():
+        fail(f"device is {device!r}: this machine doesn't have it; leave it at 'auto'")
+    if dtype == "auto":
+        fast = torch.cuda.is_bf16_supported(False) if kind == "cuda" else (
+            kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        dtype = "bfloat16" if fast else "float32"
+    if dtype not in ("bfloat16", "float32"):
+        fail(f"dtype is {dtype!r}: it must be bfloat16, float32 or auto")
+    cfg = replace(cfg, device=device, dtype=dtype)
+    if getattr(cfg, "compile", False) is None:
+        cfg = replace(cfg, compile=kind == "cuda")
+    return cfg

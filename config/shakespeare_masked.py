@@ -1,0 +1,18 @@
+# nanoGPT's baby GPT as a masked diffusion model: 10.7 M parameters on Tiny Shakespeare, for one GPU.
+#
+#     python train.py config/shakespeare_masked.py
+#     torchrun --nproc_per_node=2 train.py config/shakespeare_masked.py --gradient_accumulation_steps=2 --batch_size=32
+#
+# 64 sequences x 256 characters = 16,384 tokens a step; 20,000 steps = 327 epochs of the 1.0 M characters. Diffusion
+# goes on gaining from hundreds of epochs where an autoregressive model has overfitted after ten.
+out_dir = "out-shakespeare-masked"
+process = "masked"
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.1
+max_iters = 20_000
+eval_interval = 1_000
+ema_decay = 0.999

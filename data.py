@@ -1,0 +1,101 @@
+"""Tokens on disk: data/<dataset>/ holds train.bin and val.bin (uint16 each) and meta.json (the tokenizer).
+
+Bins are memory-mapped, so a corpus may be far larger than memory.
+"""
+import json
+import os
+import pickle
+
+import numpy as np
+import torch
+
+from config import fail
+
+
+class Tokenizer:
+    """Text to token ids and back, as meta.json says: an alphabet of characters, or GPT-2's byte pairs."""
+
+    def __init__(self, meta):
+        self.V = meta["vocab_size"]
+        self.chars = meta.get("chars")
+        if self.chars is None:
+            import tiktoken
+            self.bpe = tiktoken.get_encoding("gpt2")
+        else:
+            self.ids = {c: i for i, c in enumerate(self.chars)}
+
+    def encode(self, text):
+        """List of ids; exits on a character that the alphabet lacks."""
+        if self.chars is None:
+            return self.bpe.encode_ordinary(text)
+        for c in text:
+            if c not in self.ids:
+                fail(f"the character {c!r} isn't in the tokenizer's alphabet of {self.V}")
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids):
+        return self.bpe.decode(ids) if self.chars is None else "".join(self.chars[i] for i in ids)
+
+
+def load_meta(dataset):
+    """meta.json of data/<dataset> as a dict; exits if the dataset isn't there."""
+    path = os.path.join("data", dataset, "meta.json")
+    script = "prepare_openwebtext.py" if dataset.startswith("openwebtext") else "prepare_shakespeare.py"
+    if not os.path.exists(path):
+        fail(f"there is no {path}: run python {script} --dataset {dataset} first")
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def load_bin(dataset, split, V, block_size):
+    """The split as a memory-mapped uint16 array, checked to hold at least a block and no id of V or above."""
+    path = os.path.join("data", dataset, f"{split}.bin")
+    if not os.path.exists(path):
+        fail(f"there is no {path}: run the prepare script for {dataset!r} again")
+    size = os.path.getsize(path)
+    if size % 2:
+        fail(f"{path} has an odd number of bytes ({size}), so it isn't whole uint16 tokens: prepare it again")
+    if size < 2 * block_size:
+        fail(f"{path} has {size // 2} tokens, fewer than block_size {block_size}: lower block_size or add text")
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    if tokens.max() >= V:
+        fail(f"{path} holds the id {tokens.max()}, beyond the vocabulary of {V}: prepare it again")
+    return tokens
+
+
+def crops(tokens, rng, B, T):
+    """(B, T) int64: B random stretches of T tokens."""
+    starts = rng.integers(0, len(tokens) - T + 1, B)
+    return torch.from_numpy(np.stack([tokens[i:i + T] for i in starts]).astype(np.int64))
+
+
+def write_dataset(dataset, train, val, meta):
+    """Writes uint16 arrays and meta.json into data/<dataset>, each under a temporary name and then renamed."""
+    folder = os.path.join("data", dataset)
+    os.makedirs(folder, exist_ok=True)
+    meta = meta | {"train_tokens": len(train), "val_tokens": len(val)}
+    for name, content in (("train.bin", train.tobytes()), ("val.bin", val.tobytes()),
+                          ("meta.json", json.dumps(meta, indent=1).encode())):
+        with open(os.path.join(folder, name + ".tmp"), "wb") as f:
+            f.write(content)
+        os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+
+
+def save(path, content):
+    """Writes a plain dict as a checkpoint; a crash on the way leaves the old file as it was."""
+    torch.save(content, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load(path):
+    """The dict that save() wrote, on the CPU. Never executes code; exits if the file is missing or not ours."""
+    if not os.path.exists(path):
+        fail(f"there is no checkpoint {path}: train first, or name the folder with --out_dir")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # truncated, not a checkpoint, or one that asks to run code
+    except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError) as e:
+        fail(f"{path} can't be read as a checkpoint of this project ({type(e).__name__}): is it truncated?")
+    if not isinstance(content, dict) or not {"config", "meta", "model", "step"} <= content.keys():
+        fail(f"{path} is not a checkpoint of this project: it lacks config, meta, model or step")
+    return content

@@ -1,0 +1,341 @@
+"""The diffusion process: how text is destroyed, what the network learns from that, and how text is made.
+
+B sequences of T tokens; vocabulary V, channels C. x0 are the data's tokens, xt noisy ones. t in [0, 1] is the
+share of the information that the noise has destroyed: 0 is text, 1 is pure noise. `known` (B, T) is True where a
+token is given and must stay.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import Linear, Transformer
+
+# How the sampler walks from t = 1 to 0: u is the share of its steps still to go, the value is t.
+SCHEDULES = {
+    "linear": lambda u: u,
+    "cosine": lambda u: math.sin(u * math.pi / 2),                              # few tokens first, many last
+    "squared_cosine": lambda u: math.sin(u * math.pi / 2) ** 2,                 # few first and few last
+    "exponential": lambda u: math.expm1(-3 * u) / math.expm1(-3),               # like cosine, steeper
+}
+
+
+def times(rng, n_micro, B):
+    """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset.
+
+    Rows i and i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so each
+    is spread by itself. All are odd multiples of 2^-23: exact in float32, and t * T is never a whole number.
+    """
+    n_pairs = n_micro * B // 2
+    t = (rng.random() + torch.arange(n_pairs, dtype=torch.float64) / n_pairs) % 1
+    t = (2 * (t * 2 ** 22).floor() + 1) / 2 ** 23
+    t = t.view(B // 2, n_micro).T
+    return torch.cat((t, 1 - t), dim=1).float()
+
+
+def choose(score, k):
+    """(B, T) bool: in each row of score (B, T) the k (B,) highest; exactly k of them, ties or not."""
+    first = torch.arange(score.size(1), device=score.device) < k[:, None]
+    return torch.zeros_like(first).scatter(1, score.argsort(1, descending=True), first)
+
+
+def probabilities(logits, temperature, top_k, top_p):
+    """softmax(logits / temperature), zero outside the top_k likeliest tokens (0: all), then outside the fewest that
+    hold the share top_p of what is left; unnormalised. temperature 0 leaves the likeliest token alone."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_k or top_p < 1:
+        p, ids = p.sort(-1, descending=True)
+        p[..., top_k or p.size(-1):] = 0
+        before = p.cumsum(-1) - p
+        p[before >= top_p * p.sum(-1, keepdim=True)] = 0
+        p = torch.zeros_like(p).scatter(-1, ids, p)
+    return p
+
+
+def surety(logits, order):
+    """How sure the logits (K, V) are of their token, (K,): "confidence", "margin" (to the second best), "entropy"."""
+    p = logits.softmax(-1)
+    if order == "entropy":
+        return torch.special.entr(p).sum(-1).neg()
+    best = p.topk(2).values
+    return best[:, 0] - best[:, 1] if order == "margin" else best[:, 0]
+
+
+def draw(p):
+    """One index per row of the unnormalised probabilities p (K, V).
+
+    By inversion in float64: float32 Gumbel noise can't reach the tail of a large vocabulary and silently lowers
+    the entropy of samples (arXiv:2409.02908).
+    """
+    cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
+    u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=p.size(1) - 1)
+
+
+class Masked(nn.Module):
+    """Tokens turn into [MASK], one after the other in random order (MDLM, arXiv:2406.07524)."""
+
+    def __init__(self, cfg, V):
+        super().__init__()
+        self.V = V                                      # also the id of [MASK]: a row of the stem, not of the head
+        self.stem = nn.Embedding(V + 1, cfg.n_embd)
+        self.net = Transformer(cfg)
+        self.head = Linear(cfg.n_embd, V)
+        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py starts it at the log-frequencies
+
+    def adapt(self, total):
+        """Nothing: this schedule is not learned."""
+
+    def count(self, t, T):
+        """k (B,), the number of masked tokens at t: uniform on 1..T if t is uniform, and T + 1 - k at 1 - t."""
+        return ((t * 2 ** 23).long() * T // 2 ** 23 + 1).clamp(max=T)           # whole numbers: no rounding
+
+    def corrupt(self, x0, t):
+        """x0 (B, T) with exactly floor(t T) + 1 random tokens of each row replaced by V."""
+        masked = choose(torch.rand(x0.shape, device=x0.device), self.count(t, x0.size(1)))
+        return x0.masked_fill(masked, self.V)
+
+    def denoise(self, xt, t, at=None):
+        """Logits (B, T, V) of each position's token given xt; t (B,) is the share of xt that is masked.
+
+        With at (K,), indices into the flattened (B T) positions, the head computes those rows only: (K, V).
+        """
+        h = self.net(self.stem(xt), t)
+        if at is not None:
+            h = h.flatten(0, 1).index_select(0, at)
+        return self.head(h).float() + self.bias
+
+    def denoise_at(self, xt, t, at):
+        """Rows at (K,) of the logits, (K, V), also from a denoise that returns all of them (an exact posterior)."""
+        logits = self.denoise(xt, t, at=at)
+        return logits if logits.dim() == 2 else logits.flatten(0, 1)[at]
+
+    def predict(self, x0, t):
+        """Noises x0 to t: k (B,), the masked positions (K,) in the flattened batch, and their logits (K, V)."""
+        B, T = x0.shape
+        xt, k = self.corrupt(x0, t), self.count(t, T)
+        # pairs t, 1 - t mask B (T + 1) / 2 tokens whatever t is: the compiler gets a constant
+        K = B * (T + 1) // 2 if torch.compiler.is_compiling() else int(k.sum())
+        at = (xt == self.V).flatten().nonzero_static(size=K).squeeze(1)
+        return k, at, self.denoise_at(xt, k / T, at)
+
+    def nelbo(self, x0, t):
+        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T.
+
+        The mean cross-entropy of k masked tokens, k uniform on 1..T: the any-order autoregressive bound, equal to
+        the continuous-time one (RADD, arXiv:2406.03736). When compiled, t must come in pairs (see times).
+        """
+        k, at, logits = self.predict(x0, t)
+        nll = F.cross_entropy(logits, x0.flatten()[at], reduction="none")       # (K,)
+        bound = torch.zeros_like(t).index_add(0, at // x0.size(1), nll) / k
+        return torch.where(k.sum() == len(at), bound, torch.nan)                # unpaired times, compiled: no number
+
+    def forward(self, x0, t):
+        """What training minimises: the bound."""
+        return self.nelbo(x0, t).mean()
+
+    def measures(self, x0, t):
+        """Cross-entropy (nats) and accuracy at the masked positions: scalars, by name, for the evaluation's table."""
+        _, at, logits = self.predict(x0, t)
+        target = x0.flatten()[at]
+        return {"cross-entropy": F.cross_entropy(logits, target),
+                "accuracy": (logits.argmax(-1) == target).float().mean()}
+
+    @torch.no_grad()
+    def sample(self, x, known, steps, schedule="linear", order="random", temperature=1.0, top_k=0, top_p=1.0):
+        """Yields (tokens, certainty), (B, T) each: first with [MASK] for all unknown, then after each network call.
+
+        x (B, T) counts where known (B, T). min(steps, unknown tokens) calls: each reveals at least one token, the
+        last leaves none. A step chooses which tokens to reveal, at random or the surest first (MaskGIT,
+        arXiv:2202.04200), and then draws them. certainty is 1 for what is revealed and 0 for [MASK].
+        """
+        B, T = x.shape
+        x = x.where(known, self.V)
+        n = left = (~known).sum(1).cpu()
+        steps = min(steps, int(n.max()))
+        score = torch.rand(B, T, device=x.device)
+        yield x, known.float()
+        for i in range(1, steps + 1):
+            # as many stay masked as the grid says, but this step reveals one and leaves one for each step to come
+            after = (n * SCHEDULES[schedule](1 - i / steps)).round().long()
+            after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
+            quota, share, masked = (left - after).to(x.device), left.to(x.device) / T, x == self.V
+            if order == "random":                       # the places don't depend on the logits: head at those only
+                reveal = choose(score.where(masked, -1), quota)
+                at = reveal.flatten().nonzero_static(size=int((left - after).sum())).squeeze(1)
+                logits = self.denoise_at(x, share, at)
+            else:
+                at = masked.flatten().nonzero_static(size=int(left.sum())).squeeze(1)
+                logits = self.denoise_at(x, share, at)
+                sure = torch.full_like(score, -torch.inf).flatten().index_copy(0, at, surety(logits, order))
+                reveal = choose(sure.view(B, T), quota).flatten()[at]
+                at, logits = at[reveal], logits[reveal]
+            token = draw(probabilities(logits, temperature, top_k, top_p))
+            x = x.flatten().index_copy(0, at, token).view(B, T)
+            left = after
+            yield x, (x != self.V).float()
+
+
+class Embed(nn.Module):
+    """Gaussian noise on token embeddings: zt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
+
+    The network answers with a distribution over tokens (CDCD, arXiv:2211.15089) and learns by cross-entropy. Rows of
+    E have length sqrt(D), so that they can neither shrink together nor run away. logsnr(t) is learned: equal pieces
+    of t carry equal parts of the bound.
+    """
+    BINS = 64
+
+    def __init__(self, cfg, V):
+        super().__init__()
+        C, D = cfg.n_embd, cfg.embed_dim
+        self.V, self.D = V, D
+        self.weight = nn.Parameter(torch.randn(V, D))
+        self.stem, self.stem_sc = Linear(D, C), Linear(D, C, zero=True)
+        self.stem_known = nn.Parameter(torch.zeros(C))
+        self.net = Transformer(cfg)
+        self.head = Linear(C, V, zero=True)
+        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py starts it at the log-frequencies
+        # the schedule: running sums of the bound's integrand by bin of logsnr, and the knots of t made from them
+        self.register_buffer("edges", torch.linspace(-6, 5.5, self.BINS + 1) - math.log(D))
+        self.register_buffer("sums", torch.ones(2, self.BINS))                  # integrand, rows; decayed
+        self.register_buffer("fresh", torch.zeros(2, self.BINS))                # the same, of this step
+        self.register_buffer("knots", torch.linspace(0, 1, self.BINS + 1))      # share of q below each edge: 1 - t
+
+    def table(self):
+        """E (V, D), the embeddings: float32 rows of length sqrt(D)."""
+        return self.D ** 0.5 * F.normalize(self.weight, dim=1)
+
+    # ---- the schedule
+
+    def bin(self, t):
+        """Index (B,) of the bin of logsnr in which t lies, and how far up the bin, in [0, 1]."""
+        i = (torch.searchsorted(self.knots, 1 - t, right=True) - 1).clamp(0, self.BINS - 1)
+        return i, (1 - t - self.knots[i]) / (self.knots[i + 1] - self.knots[i])
+
+    def logsnr(self, t):
+        """log(alpha^2 / sigma^2) at t (B,): falls from 5.5 - log D at t = 0 to -6 - log D at t = 1."""
+        i, up = self.bin(t)
+        return self.edges[i] + up * (self.edges[i + 1] - self.edges[i])
+
+    def adapt(self, total):
+        """Moves the schedule towards the bound's integrand; total sums a tensor over all processes. Once a step."""
+        self.sums.mul_(0.99).add_(total(self.fresh))
+        self.fresh.zero_()
+        mean = self.sums[0] / self.sums[1]
+        q = 0.9 * mean / mean.sum() + 0.1 / self.BINS   # without the uniform part the clean end would starve
+        self.knots[1:] = q.cumsum(0) / q.sum()
+
+    def integrand(self, x0, e0, logsnr):
+        """(B, T) nats for each unit of logsnr: 1/2 e^logsnr |E[x0] - e0|^2 (VDM, arXiv:2107.00630, eq. 17)."""
+        return 0.5 * logsnr.exp()[:, None] * (self.table()[x0] - e0).square().sum(-1)
+
+    # ---- noise in, tokens out
+
+    def corrupt(self, x0, t):
+        """(B, T, D): the embeddings of x0 (B, T), noised to t (B,)."""
+        e, logsnr = self.table()[x0], self.logsnr(t)[:, None, None]
+        return logsnr.sigmoid().sqrt() * e + (-logsnr).sigmoid().sqrt() * torch.randn_like(e)
+
+    def denoise(self, xt, t, sc=None, known=None):
+        """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,).
+
+        sc (B, T, D) is an earlier estimate of the embeddings (self-conditioning, arXiv:2208.04202); where known
+        (B, T) is True, xt holds the embedding itself, without noise. The last term is the exact posterior of a token
+        seen alone, so that the network learns what the context adds.
+        """
+        low, high = self.edges[0], self.edges[-1]
+        logsnr = self.logsnr(t)
+        x = self.stem(xt) + self.stem_sc(torch.zeros_like(xt) if sc is None else sc)
+        if known is not None:
+            x = x + known[..., None] * self.stem_known
+        h = self.net(x, (high - logsnr) / (high - low))
+        alone = (logsnr.sigmoid().sqrt() / (-logsnr).sigmoid())[:, None, None] * xt @ self.table().T
+        return self.head(h).float() + self.bias + alone
+
+    def estimate(self, p, xt, known=None):
+        """e0 (B, T, D): the mean embedding under the probabilities p (B, T, V); where known, what xt holds."""
+        e0 = p @ self.table()
+        return e0 if known is None else torch.where(known[..., None], xt, e0)
+
+    def forward(self, x0, t):
+        """What training minimises: the mean cross-entropy of the unknown tokens."""
+        B, T = x0.shape
+        # in every eighth row a part is known: a beginning, or scattered tokens
+        place = torch.where(torch.rand(B, 1, device=x0.device) < 0.5,
+                            torch.arange(T, device=x0.device) / T, torch.rand(B, T, device=x0.device))
+        known = (place < torch.rand(B, 1, device=x0.device)) & (torch.arange(B, device=x0.device) % 8 == 1)[:, None]
+        xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
+        # every fourth row learns to use an estimate of its own
+        sc = torch.zeros_like(xt)
+        with torch.no_grad():
+            sc[::4] = self.estimate(self.denoise(xt[::4], t[::4], known=known[::4]).softmax(-1), xt[::4], known[::4])
+        logits = self.denoise(xt, t, sc=sc, known=known)
+        nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
+        with torch.no_grad():
+            i, whole = self.bin(t)[0], ~known.any(1)
+            cost = self.integrand(x0, self.estimate(logits.softmax(-1), xt), self.logsnr(t)).mean(1)
+            self.fresh.index_add_(1, i, torch.stack((cost * whole, whole.float())))
+        return (nll * ~known).sum() / (~known).sum()
+
+    def nelbo(self, x0, t):
+        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T (VDM, arXiv:2107.00630).
+
+        What the noisiest state still tells, plus the cross-entropy at the cleanest, plus the integral between them
+        over logsnr, of which t is a sample with density q.
+        """
+        prior = 0.5 * self.D * F.softplus(self.edges[0])                        # KL(q(z1|x0) || N(0, I)), |E[x0]|^2 = D
+        clean = self.refined(x0, torch.zeros_like(t))[1].flatten(0, 1)
+        nll = F.cross_entropy(clean, x0.flatten(), reduction="none").view(x0.shape)
+        xt, logits = self.refined(x0, t)
+        i = self.bin(t)[0]
+        q = (self.knots[i + 1] - self.knots[i]) / (self.edges[i + 1] - self.edges[i])
+        between = self.integrand(x0, self.estimate(logits.softmax(-1), xt), self.logsnr(t)) / q[:, None]
+        return prior + (nll + between).mean(1)
+
+    def refined(self, x0, t):
+        """xt, x0 noised to t, and the logits of a second look at it, with the estimate of the first."""
+        xt = self.corrupt(x0, t)
+        return xt, self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t).softmax(-1), xt))
+
+    def measures(self, x0, t):
+        """Scalars by name for the evaluation's table: a model that collapsed or ignores its input shows in each."""
+        xt, logits = self.refined(x0, t)
+        e, e0 = self.table()[x0], self.estimate(logits.softmax(-1), xt)
+        return {"noise share": (-self.logsnr(t)).sigmoid().mean(),
+                "cross-entropy": F.cross_entropy(logits.flatten(0, 1), x0.flatten()),
+                "accuracy": (logits.argmax(-1) == x0).float().mean(),
+                "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
+                "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean()}
+
+    @torch.no_grad()
+    def sample(self, x, known, steps, schedule="linear", eta=1.0, temperature=1.0, top_k=0, top_p=1.0):
+        """Yields (tokens, certainty), (B, T) each: first of pure noise, then after each of the steps network calls.
+
+        x (B, T) counts where known (B, T). eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33), eta 0
+        deterministic (DDIM, arXiv:2010.02502, eq. 12). tokens are the likeliest, certainty is their probability.
+        """
+        E = self.table()
+        given = E[x.where(known, 0)]
+        z = given.where(known[..., None], torch.randn_like(given))
+        sc = torch.zeros_like(z)
+        yield x.where(known, (z @ E.T).argmax(-1)), known.float()
+        grid = torch.tensor([SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
+        logsnr = self.logsnr(grid)
+        alpha, sigma = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
+        for i in range(steps if not known.all() else 0):
+            logits = self.denoise(z, grid[i].expand(len(z)), sc=sc, known=known)
+            p = probabilities(logits, temperature, top_k, top_p)
+            sc = self.estimate(p / p.sum(-1, keepdim=True), z, known)
+            # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
+            noise = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
+            eps = (z - alpha[i] * sc) / sigma[i]
+            z = alpha[i + 1] * sc + (sigma[i + 1] ** 2 - noise).sqrt() * eps + noise.sqrt() * torch.randn_like(z)
+            z = given.where(known[..., None], z)
+            certainty, tokens = logits.softmax(-1).max(-1)
+            yield x.where(known, tokens), certainty.where(~known, 1.0)
+
+
+PROCESSES = {"masked": Masked, "embed": Embed}

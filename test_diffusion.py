@@ -1,0 +1,734 @@
+"""Oracles first: the bound and the samplers against exact answers; then the tools around them, as a user runs them.
+
+    python -m pytest
+"""
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import Config, SampleConfig, load
+from data import Tokenizer, crops
+from data import load as load_checkpoint
+from diffusion import PROCESSES, SCHEDULES, choose, draw, probabilities, surety, times
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 8, "dtype": "float32",
+        "device": "cpu"}
+torch.set_num_threads(1)                    # models this small: more threads only wait for each other
+
+
+def build(process, V, **settings):
+    torch.manual_seed(0)
+    return PROCESSES[process](Config(process=process, **TINY | settings), V).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# exact posteriors: a first-order Markov chain, where what each position may be follows by forward-backward
+
+V_CHAIN, T_CHAIN = 8, 12
+CHAIN = torch.softmax(1.5 * torch.randn(V_CHAIN, V_CHAIN, generator=torch.Generator().manual_seed(1)), -1).double()
+START = torch.linalg.matrix_power(CHAIN, 200)[0]                                # its stationary distribution
+ENTROPY = -(START * START.log()).sum()
+ENTROPY_RATE = -(START[:, None] * CHAIN * CHAIN.log()).sum()
+CHAIN_NATS = float(ENTROPY + (T_CHAIN - 1) * ENTROPY_RATE) / T_CHAIN            # nats per token of a sequence
+
+
+def chain_draw(n, T=T_CHAIN):
+    x = torch.zeros(n, T, dtype=torch.long)
+    x[:, 0] = draw(START.expand(n, -1))
+    for i in range(1, T):
+        x[:, i] = draw(CHAIN[x[:, i - 1]])
+    return x
+
+
+def chain_posterior(evidence):
+    """log p(token | all evidence) at each position; evidence (B, T, V) are likelihoods up to a factor."""
+    evidence = evidence.double()
+    T = evidence.size(1)
+    forward, backward = torch.empty_like(evidence), torch.ones_like(evidence)
+    forward[:, 0] = START * evidence[:, 0]
+    for i in range(1, T):
+        forward[:, i] = forward[:, i - 1] @ CHAIN * evidence[:, i]
+        forward[:, i] /= forward[:, i].sum(-1, keepdim=True)
+    for i in range(T - 2, -1, -1):
+        backward[:, i] = (backward[:, i + 1] * evidence[:, i + 1]) @ CHAIN.T
+        backward[:, i] /= backward[:, i].sum(-1, keepdim=True)
+    posterior = forward * backward
+    return (posterior / posterior.sum(-1, keepdim=True)).log().clamp(min=-60)
+
+
+def exact_chain(process):
+    """The process with its network replaced by the chain's posterior."""
+    model = build(process, V_CHAIN, block_size=T_CHAIN)
+    certain = torch.cat((torch.eye(V_CHAIN), torch.ones(1, V_CHAIN)))           # of a token, and of [MASK]
+
+    def masked(xt, t, **_):
+        return chain_posterior(certain[xt]).float()
+
+    def embed(xt, t, sc=None, known=None):
+        logsnr, alike = model.logsnr(t), xt @ model.table().T
+        evidence = ((logsnr.sigmoid().sqrt() / (-logsnr).sigmoid())[:, None, None] * alike).softmax(-1)
+        if known is not None:
+            evidence = certain[alike.argmax(-1)].where(known[..., None], evidence)
+        return chain_posterior(evidence).float()
+
+    model.denoise = locals()[process]
+    return model
+
+
+def set_schedule(model, name):
+    """Gives an Embed another density of logsnr: as it starts, narrow around the middle, or steeply falling."""
+    bins = torch.linspace(0, 1, model.BINS)
+    shape = {"uniform": torch.ones_like(bins), "narrow": torch.exp(-(8 * (bins - 0.6)) ** 2),
+             "falling": torch.exp(-3 * bins)}[name]
+    model.sums.copy_(torch.stack((1e6 * shape, torch.full_like(bins, 1e6))))
+    model.adapt(lambda tensor: tensor)
+
+
+def mean_bound(model, x0, repeats=1):
+    """Mean nelbo of x0 and its standard error over stratified batches of 64."""
+    means = [model.nelbo(part, times(np.random.default_rng(i), 1, len(part))[0]).mean()
+             for i, part in enumerate(x0.repeat(repeats, 1).split(64))]
+    return float(torch.stack(means).mean()), float(torch.stack(means).std() / len(means) ** 0.5)
+
+
+@pytest.mark.parametrize("process, schedule", [("masked", None), ("embed", "uniform"), ("embed", "narrow"),
+                                               ("embed", "falling")])
+def test_bound_of_the_exact_posterior_is_the_entropy(process, schedule):
+    torch.manual_seed(0)
+    model = exact_chain(process)
+    if schedule:
+        set_schedule(model, schedule)
+    bound, se = mean_bound(model, chain_draw(64 * 300))
+    assert se < 0.02
+    assert abs(bound - CHAIN_NATS) < 4 * se
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_bound_of_a_wrong_posterior_is_above_the_entropy(process):
+    torch.manual_seed(0)
+    model = exact_chain(process)
+    exact = model.denoise
+    model.denoise = lambda xt, t, **more: 0.4 * exact(xt, t, **more)
+    bound, se = mean_bound(model, chain_draw(64 * 100))
+    assert bound > CHAIN_NATS + 4 * se
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_samples_of_the_exact_posterior_have_the_chains_transitions(process):
+    torch.manual_seed(0)
+    n = 3000
+    known = torch.zeros(n, T_CHAIN, dtype=torch.bool)
+    *_, (x, _) = exact_chain(process).sample(known.long(), known, {"masked": T_CHAIN, "embed": 100}[process])
+    pairs = torch.zeros(V_CHAIN, V_CHAIN).index_put((x[:, :-1].flatten(), x[:, 1:].flatten()),
+                                                    torch.tensor(1.0), accumulate=True)
+    share, expected = pairs / pairs.sum(), START[:, None] * CHAIN
+    se = (expected * (1 - expected) / pairs.sum()).sqrt()
+    assert ((share - expected).abs() < 5 * se).all()
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_infill_of_the_exact_posterior_follows_the_true_conditional(process):
+    torch.manual_seed(0)
+    n = 4000
+    x = torch.full((n, 3), 2)
+    x[:, 2] = 5                                                                 # 2 ? 5
+    known = torch.tensor([True, False, True]).expand(n, -1)
+    *_, (y, _) = exact_chain(process).sample(x, known, {"masked": 3, "embed": 100}[process])
+    truth = CHAIN[2] * CHAIN[:, 5]
+    truth = truth / truth.sum()
+    share = torch.bincount(y[:, 1], minlength=V_CHAIN) / n
+    assert (y[:, ::2] == x[:, ::2]).all()
+    assert ((share - truth).abs() < 4.5 * (truth * (1 - truth) / n).sqrt() + 1e-9).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# masked: exact counts and identities
+
+def test_uniform_logits_cost_exactly_log_V():
+    model = build("masked", 65)
+    model.denoise = lambda xt, t, **_: torch.zeros(*xt.shape, 65)
+    bound = model.nelbo(torch.randint(65, (8, 32)), torch.rand(8))
+    assert torch.allclose(bound, torch.full((8,), math.log(65)), atol=1e-5)
+
+
+def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
+    V, T = 3, 4
+    model = build("masked", V, block_size=T)
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+        for p in model.net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x0 = torch.tensor([[2, 0, 1, 1]])
+
+    def nats(masked):
+        xt = x0.masked_fill(masked, V)
+        logits = model.denoise(xt, masked.sum(1) / T)
+        return F.cross_entropy(logits[0], x0[0], reduction="none")              # (T,)
+
+    chain = []
+    for order in itertools.permutations(range(T)):
+        masked, total = torch.ones(1, T, dtype=torch.bool), 0
+        for i in order:
+            total += nats(masked)[i]
+            masked[0, i] = False
+        chain.append(total / T)
+
+    per_k = []
+    for k in range(1, T + 1):
+        bounds = []
+        for places in itertools.combinations(range(T), k):
+            masked = torch.zeros(1, T, dtype=torch.bool)
+            masked[0, list(places)] = True
+            model.corrupt = lambda x0, t, masked=masked: x0.masked_fill(masked, V)
+            bounds.append(model.nelbo(x0, torch.tensor([(k - 0.5) / T])))
+        per_k.append(torch.stack(bounds).mean())
+    assert abs(torch.stack(per_k).mean() - torch.stack(chain).mean()) < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 7, 32, 100, 1000])
+def test_masks_are_exact_and_mirrored(T):
+    model = build("masked", 5)
+    for seed in range(20):
+        t = times(np.random.default_rng(seed), 3, 16)
+        k = model.count(t, T)
+        assert (k[:, :8] + k[:, 8:] == T + 1).all() and k.min() >= 1 and k.max() <= T
+        xt = model.corrupt(torch.zeros(16, T, dtype=torch.long), t[0])
+        assert ((xt == 5).sum(1) == k[0]).all() and ((xt == 5) | (xt == 0)).all()
+    assert model.count(torch.tensor([0.0, 1.0]), T).tolist() == [1, T]
+
+
+def test_times_are_stratified_over_the_whole_step():
+    t = times(np.random.default_rng(0), 4, 8)
+    assert torch.equal(t[:, :4] + t[:, 4:], torch.ones(4, 4))
+    assert (t.flatten().sort().values.diff() < 2 / 16).all()                    # 16 pairs: no gap beyond two strata
+    assert all((row.sort().values.diff() < 2 / 4 + 1e-3).all() for row in t)    # and each micro-batch by itself
+    mean = torch.stack([times(np.random.default_rng(i), 2, 4) for i in range(4000)])
+    assert abs(mean.mean() - 0.5) < 1e-3 and abs(mean.var() - 1 / 12) < 2e-3    # each time is uniform
+
+
+def test_bound_of_one_batch_varies_less_with_stratified_times():
+    model = build("masked", 11)
+    logits = torch.zeros(32, 32, 11)
+    logits[..., 0] = 5
+    model.denoise = lambda xt, t, **_: logits * (1 - t)[:, None, None]          # the cost depends on t alone
+    x0, stratified, independent = torch.zeros(32, 32, dtype=torch.long), [], []
+    for i in range(100):
+        stratified.append(model.nelbo(x0, times(np.random.default_rng(i), 1, 32)[0]).mean())
+        independent.append(model.nelbo(x0, torch.rand(32)).mean())
+    assert torch.stack(stratified).std() < 0.2 * torch.stack(independent).std()
+    assert abs(torch.stack(stratified).mean() - torch.stack(independent).mean()) < 0.1
+
+
+def test_head_at_masked_positions_gives_the_loss_and_gradients_of_the_full_head():
+    model = build("masked", 11)
+    x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
+    torch.manual_seed(1)
+    model(x0, t).backward()
+    short = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(1)
+    xt, k = model.corrupt(x0, t), model.count(t, 32)
+    nll = F.cross_entropy(model.denoise(xt, k / 32).transpose(1, 2), x0, reduction="none")
+    ((nll * (xt == 11)).sum(1) / k).mean().backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(short, model.parameters()))
+
+
+def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number():
+    x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
+    model = build("masked", 11)
+    masked = choose(torch.rand(8, 32), model.count(t, 32))
+    model.corrupt = lambda x0, t: x0.masked_fill(masked, 11)                    # compiled, other random numbers come
+    eager = model(x0, t)
+    model.compile()
+    assert abs(float(model(x0, t) - eager)) < 1e-4
+    model(x0, t).backward()
+    assert model.state_dict().keys() == build("masked", 11).state_dict().keys()
+    assert torch.isnan(model(x0, torch.full((8,), 0.9)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# network
+
+def test_network_sees_all_positions_both_ways_and_the_time():
+    net = build("masked", 11).net
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x, t = torch.randn(1, 16, 32), torch.tensor([0.3])
+    y = net(x, t)
+    for i in (0, 15):
+        moved = x.clone()
+        moved[0, i] += torch.randn(32)
+        assert ((net(moved, t) - y).abs().sum(-1) > 1e-4).all()
+    assert (net(x, torch.tensor([0.6])) - y).abs().max() > 1e-3
+    assert (net(x[:, [1, 0, *range(2, 16)]], t)[:, 2:] - y[:, 2:]).abs().max() > 1e-3   # positions matter
+
+
+def test_dropout_drops_in_training_only():
+    model = build("masked", 11, dropout=0.5)
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x, t = torch.randint(11, (2, 32)), torch.rand(2)
+    assert torch.equal(model.denoise(x, t), model.denoise(x, t))
+    model.train()
+    assert not torch.equal(model.denoise(x, t), model.denoise(x, t))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sampler
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_every_sampler_setting_keeps_known_tokens_and_its_promises(process):
+    rng = np.random.default_rng(0)
+    model = build(process, 11)
+    denoise, calls = model.denoise, []
+    model.denoise = lambda *args, **kw: calls.append(1) or denoise(*args, **kw)
+    for _ in range(60):
+        B, T, steps = int(rng.integers(1, 5)), int(rng.integers(1, 33)), int(rng.integers(1, 50))
+        known = torch.from_numpy(rng.random((B, T)) < rng.choice([0, 0.5, 0.9, 1]))
+        x = torch.from_numpy(rng.integers(0, 11, (B, T)))
+        settings = {"schedule": str(rng.choice(list(SCHEDULES))), "temperature": float(rng.choice([0, 0.5, 1, 2])),
+                    "top_k": int(rng.integers(0, 15)), "top_p": float(rng.choice([0.1, 0.9, 1]))}
+        if process == "embed":
+            settings["eta"] = float(rng.choice([0, 0.5, 1]))
+        else:
+            settings["order"] = str(rng.choice(["random", "confidence", "margin", "entropy"]))
+        calls.clear()
+        torch.manual_seed(7)
+        states = list(model.sample(x, known, steps, **settings))
+        unknown = int((~known).sum(1).max())
+        assert len(calls) == (min(steps, unknown) if process == "masked" else steps * (unknown > 0))
+        assert len(states) == len(calls) + 1
+        for tokens, certainty in states:
+            assert (tokens[known] == x[known]).all() and (certainty[known] == 1).all()
+            assert tokens.shape == certainty.shape == (B, T) and 0 <= certainty.min() and certainty.max() <= 1
+        assert 0 <= tokens.min() and tokens.max() < 11
+        torch.manual_seed(7)
+        *_, (again, _) = model.sample(x, known, steps, **settings)
+        assert torch.equal(again, tokens)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_masked_step_reveals_what_the_grid_says(schedule):
+    model = build("masked", 11)
+    known = torch.zeros(1, 30, dtype=torch.bool)
+    for steps in 1, 2, 4, 7, 29, 30, 100:
+        left = [int((x == 11).sum()) for x, _ in model.sample(known.long(), known, steps, schedule=schedule)]
+        assert left[0] == 30 and left[-1] == 0 and len(left) == min(steps, 30) + 1
+        assert all(a > b for a, b in itertools.pairwise(left))
+        if steps < 8:
+            grid = [30 * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)]
+            assert all(abs(a - b) <= 1.51 for a, b in zip(left, grid))
+        if schedule == "linear":
+            assert max(a - b for a, b in itertools.pairwise(left)) <= -(-30 // min(steps, 30)) + 1
+
+
+def test_draws_follow_the_probabilities_and_never_take_a_zero():
+    torch.manual_seed(0)
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    share = torch.bincount(draw(p.expand(100_000, -1)), minlength=6) / 100_000
+    assert (share[p == 0] == 0).all() and ((share - p).abs() < 4.5 * (p * (1 - p) / 1e5).sqrt() + 1e-9).all()
+    # a tail of 2^16 tokens that hold one half together, and one that holds next to nothing
+    tail = torch.full((128, 2 ** 16), 2.0 ** -16)
+    tail[:, 0] = 1
+    assert 35 < (draw(tail) > 0).sum() < 93                                     # 128 draws, one half each
+    tail[:, 1:] = 2.0 ** -40
+    assert (draw(tail) > 0).sum() <= 1
+
+
+def test_truncation_keeps_the_likeliest():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 0.0]])
+    full = logits.softmax(-1)
+    assert torch.allclose(probabilities(logits, 1.0, 0, 1.0), full)
+    assert ((probabilities(logits, 1.0, 2, 1.0) > 0).sum(-1) == 2).all()
+    assert (probabilities(logits, 1.0, 0, 0.7)[0] > 0).tolist() == [True, True, False, False]   # .644 < .7 <= .881
+    assert (probabilities(logits, 1.0, 0, 1e-6) > 0).sum(-1).tolist() == [1, 1]
+    assert probabilities(logits, 0, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
+    assert torch.allclose(probabilities(logits, 1e-20, 0, 1.0)[0], torch.tensor([1.0, 0, 0, 0]))
+    assert torch.allclose(probabilities(logits, 2.0, 0, 1.0), (logits / 2).softmax(-1))
+
+
+def test_orders_rank_by_their_measure():
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.45, 0.05, 0.5], [0.4, 0.3, 0.3]])
+    assert torch.allclose(surety(p.log(), "confidence"), torch.tensor([0.5, 0.5, 0.4]))
+    assert torch.allclose(surety(p.log(), "margin"), torch.tensor([0.0, 0.05, 0.1]), atol=1e-6)
+    assert surety(p.log(), "entropy").argmax() == 0 and surety(p.log(), "entropy").argmin() == 2
+    # the surest position is revealed first: position 3 alone is certain
+    model = build("masked", 3)
+    logits = torch.zeros(1, 6, 3)
+    logits[0, 3, 2] = 9
+    model.denoise = lambda xt, t, **_: logits
+    known = torch.zeros(1, 6, dtype=torch.bool)
+    for order in "confidence", "margin", "entropy":
+        states = [x for x, _ in model.sample(known.long(), known, 6, order=order)]
+        assert (states[1] != 3).nonzero().tolist() == [[0, 3]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# settings
+
+def test_settings_come_from_defaults_file_and_flags(tmp_path, capsys):
+    file = tmp_path / "c.py"
+    file.write_text("learning_rate = 1  # an int is a float\nn_layer = 12 // 2\nseed = 3\n_hidden = 5\n")
+    cfg = load(Config, [str(file), "--seed=9", "--eval_only", "--out_dir", "a b", "--compile=None"])
+    assert (cfg.learning_rate, cfg.n_layer, cfg.seed, cfg.eval_only, cfg.out_dir) == (1.0, 6, 9, True, "a b")
+    assert load(Config, ["--seed=9", str(file)]).seed == 9                      # flags win wherever they stand
+    assert load(Config, ["--eval_only", "False"]).eval_only is False
+    assert load(SampleConfig, ["--text=12"]).text == "12"
+    for cls in Config, SampleConfig:
+        with pytest.raises(SystemExit) as stop:
+            load(cls, ["--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and all(f"--{name}=" in text for name in vars(cls()))
+    assert "where ckpt.pt" not in text and "0: always the likeliest" in text
+
+
+def test_the_default_is_the_laptop_config():
+    assert load(Config, [os.path.join(HERE, "config", "shakespeare_cpu.py")]) == Config()
+
+
+@pytest.mark.parametrize("name", sorted(os.listdir(os.path.join(HERE, "config"))))
+def test_config_files_load(name):
+    if name.endswith(".py"):
+        load(Config, [os.path.join(HERE, "config", name)])
+
+
+@pytest.mark.parametrize("cls, argv, words", [
+    (Config, ["--n_layr=3"], "'n_layr' 'n_layer'"),
+    (Config, ["--n_layer=many"], "n_layer int 'many'"),
+    (Config, ["--n_layer=2.5"], "n_layer int"),
+    (Config, ["--compile=yes"], "compile bool"),
+    (Config, ["--n_layer"], "n_layer int"),
+    (Config, ["nowhere.py"], "'nowhere.py'"),
+    (Config, ["--n_embd=100", "--n_head=3"], "n_embd 100 n_head 3"),
+    (Config, ["--batch_size=7"], "batch_size 7 even"),
+    (Config, ["--n_layer=0"], "n_layer 0 at least 1"),
+    (Config, ["--dropout=1.0"], "dropout 1.0"),
+    (Config, ["--eval_iters=1"], "eval_iters 1"),
+    (Config, ["--max_iters=-1"], "max_iters -1"),
+    (SampleConfig, ["--steps=0"], "steps 0 at least 1"),
+    (SampleConfig, ["--temperature=-1"], "temperature -1"),
+    (SampleConfig, ["--top_p=0"], "top_p 0.0 (0, 1]"),
+    (SampleConfig, ["--top_p=1.5"], "top_p 1.5 (0, 1]"),
+    (SampleConfig, ["--top_k=-1"], "top_k -1"),
+    (SampleConfig, ["--num_samples=0"], "num_samples 0"),
+    (SampleConfig, ["--order=best"], "order 'best' random, confidence"),
+    (SampleConfig, ["--schedule=sqrt"], "schedule 'sqrt' linear, cosine"),
+])
+def test_a_wrong_setting_is_named_in_one_sentence(cls, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        load(cls, argv)
+    assert all(word in stop.value.code for word in words.split()) and "\n" not in stop.value.code
+
+
+def test_a_broken_config_file_is_named(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("n_layer = = 3")
+    with pytest.raises(SystemExit, match="c.py can't be read"):
+        load(Config, [str(file)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the scripts, as a user runs them: in an empty folder, in this process unless it takes several
+
+def script(name, *argv):
+    """Runs a script as `python name argv`; returns its globals. SystemExit comes through."""
+    before = sys.argv, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    sys.argv = [name, *argv]
+    try:
+        return runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGINT, before[1])
+        signal.signal(signal.SIGTERM, before[2])
+
+
+SMALL = [f"--{k}={v}" for k, v in TINY.items()] + ["--dataset=text", "--eval_iters=2", "--eval_interval=4",
+                                                   "--max_iters=8", "--warmup_iters=2"]
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory):
+    """A folder with data/text, from the text inside Python, and out/, a masked model after 8 steps."""
+    path = tmp_path_factory.mktemp("run")
+    os.chdir(path)
+    script("prepare_shakespeare.py", "--offline", "--dataset", "text")
+    script("train.py", *SMALL)
+    return path
+
+
+@pytest.fixture
+def here(text_dir):
+    os.chdir(text_dir)
+    return text_dir
+
+
+def weights(path):
+    return load_checkpoint(str(path))["model"]
+
+
+def test_prepare_writes_bins_that_decode_to_the_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = "Grüße, 世界!\r\n" * 50
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    script("prepare_shakespeare.py", "--input", "t.txt", "--dataset", "mine")
+    meta = json.loads((tmp_path / "data/mine/meta.json").read_text())
+    tokens = np.concatenate([np.fromfile(f"data/mine/{split}.bin", np.uint16) for split in ("train", "val")])
+    assert Tokenizer(meta).decode(tokens.tolist()) == text
+    assert Tokenizer(meta).encode(text) == tokens.tolist()
+    assert (meta["train_tokens"], meta["val_tokens"]) == (int(0.9 * len(text)), len(text) - int(0.9 * len(text)))
+    assert meta["source"] == "t.txt" and meta["vocab_size"] == len(set(text)) == len(meta["chars"])
+    assert "alphabet of 12" in capsys.readouterr().out
+
+
+def test_without_a_network_the_source_is_named(tmp_path, monkeypatch, capsys):
+    import urllib.request
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    script("prepare_shakespeare.py")
+    assert "can't be downloaded (no network)" in capsys.readouterr().out
+    assert "Python" in json.loads((tmp_path / "data/shakespeare/meta.json").read_text())["source"]
+
+
+def test_a_wrong_download_is_refused(tmp_path, monkeypatch):
+    import io
+    import urllib.request
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: io.BytesIO(b"<html>not found</html>"))
+    with pytest.raises(SystemExit, match="sha256"):
+        script("prepare_shakespeare.py")
+    assert not os.path.exists("data")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "0 characters"), (b"\xff\xfe\x00", "not UTF-8"), (None, "can't be read"),
+    ("".join(map(chr, range(0x10000, 0x10000 + 65_600))).encode(), "65,600 distinct")])
+def test_prepare_refuses_bad_text_and_writes_nothing(tmp_path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match=words):
+        script("prepare_shakespeare.py", "--input", "t.txt")
+    assert not os.path.exists("data")
+
+
+def test_crops_cover_the_whole_split():
+    x = crops(np.arange(40, dtype=np.uint16), np.random.default_rng(0), 500, 8)
+    assert x.dtype == torch.int64 and x.min() == 0 and x.max() == 39 and (x.diff() == 1).all()
+
+
+def test_training_prints_and_logs_what_it_promises(here, capsys):
+    script("train.py", *SMALL, "--out_dir=printed", "--seed=2")
+    out = capsys.readouterr().out
+    assert "source: the Python reference" in out and "float32" in out and "parameters" in out
+    found = re.findall(r"^step (\d+): val nelbo (\d\.\d{4}) ± (\d\.\d{4}) nats/token, \d\.\d+ bits/char", out, re.MULTILINE)
+    assert [step for step, _, _ in found] == ["4", "8"]
+    assert re.findall(r"^  (0\.\d+) +\d", out, re.MULTILINE) == ["0.05", *(f"0.{i}0" for i in range(1, 10)), "0.95"] * 2
+    rows = (here / "printed/log.csv").read_text().splitlines()
+    assert rows[0].startswith("step,train_loss,val_nelbo") and [row.split(",")[0] for row in rows[1:]] == ["4", "8"]
+    assert rows[1].split(",")[2] == found[0][1]
+    with pytest.raises(SystemExit):
+        script("train.py", *SMALL, "--init_from=printed/model.pt", "--eval_only=True")
+    best = min(found, key=lambda row: float(row[1]))
+    assert f"step {best[0]}: val nelbo {best[1]}" in capsys.readouterr().out    # the same crops and noise again
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_stop_and_resume_is_bit_identical(here, process, capsys):
+    flags = [*SMALL, f"--process={process}", "--gradient_accumulation_steps=2", "--dropout=0.1"]
+    script("train.py", *flags, "--out_dir=whole")
+    kill = signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    # a signal in step 5: the step is finished and saved, the exit is clean
+    fold = torch._foreach_lerp_
+    steps = []
+
+    def lerp(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fold(*args)
+
+    torch._foreach_lerp_ = lerp
+    try:
+        script("train.py", *flags, "--out_dir=parts")
+    finally:
+        torch._foreach_lerp_ = fold
+        signal.signal(signal.SIGALRM, kill)
+    assert len(steps) == 5 and "stopped at step 5" in capsys.readouterr().out
+    script("train.py", *flags, "--out_dir=parts", "--init_from=resume")
+    whole, parts = load_checkpoint("whole/ckpt.pt"), load_checkpoint("parts/ckpt.pt")
+    for name in "model", "ema":
+        assert all(torch.equal(whole[name][key], parts[name][key]) for key in whole[name])
+    assert parts["step"] == 8 and whole["best"] == parts["best"]
+    logs = [(here / folder / "log.csv").read_text() for folder in ("whole", "parts")]
+    assert [row.split(",")[:4:2] for row in logs[0].split()] == [row.split(",")[:4:2] for row in logs[1].split()]
+
+
+def torchrun(n, *flags):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
+                           f"--master_port={29500 + os.getpid() % 1000}", os.path.join(HERE, "train.py"), *flags],
+                          capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_run_does_not_depend_on_the_number_of_processes(here, process):
+    flags = [*SMALL, f"--process={process}", "--gradient_accumulation_steps=4", "--eval_iters=4", "--dropout=0.1"]
+    script("train.py", *flags, "--out_dir=one")
+    one = load_checkpoint("one/ckpt.pt")
+    for n in 2, 4:
+        run = torchrun(n, *flags, f"--out_dir=many{n}")
+        assert run.returncode == 0, run.stderr[-2000:]
+        many = load_checkpoint(f"many{n}/ckpt.pt")
+        worst = max(float((one["model"][k] - many["model"][k]).abs().max()) for k in one["model"])
+        assert worst < 1e-5, f"{n} processes: {worst}"
+        assert abs(one["best"] - many["best"]) < 1e-4
+    run = torchrun(3, *flags)
+    assert run.returncode != 0 and "multiple of the 3 processes" in run.stderr
+
+
+def test_a_stopped_torchrun_saves(here):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={29500 + (os.getpid() + 7) % 1000}", os.path.join(HERE, "train.py"), *SMALL,
+               "--gradient_accumulation_steps=2", "--max_iters=100000", "--eval_interval=100000", "--out_dir=stopped"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while "stopped" not in os.listdir():
+        assert run.poll() is None
+        time.sleep(0.2)
+    time.sleep(2)
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=60)
+    step = int(re.search(r"stopped at step (\d+)", out).group(1))
+    assert load_checkpoint("stopped/ckpt.pt")["step"] == step > 0
+
+
+def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here, capsys):
+    script("train.py", *SMALL, "--init_from=out/model.pt", "--out_dir=fine", "--max_iters=1", "--learning_rate=0.0",
+           "--adam_lr=0.0", "--eval_interval=1")
+    assert all(torch.equal(a, weights("out/model.pt")[k]) for k, a in weights("fine/ckpt.pt").items())
+
+
+def test_training_refuses_what_it_cannot_use(here, tmp_path):
+    text = here / "data" / "text"
+    alphabet = json.loads((text / "meta.json").read_text())
+
+    def dataset(name, train=None, val=None, **changes):
+        folder = here / "data" / name
+        folder.mkdir(exist_ok=True)
+        (folder / "meta.json").write_text(json.dumps(alphabet | changes))
+        (folder / "train.bin").write_bytes((text / "train.bin").read_bytes()[:20_000] if train is None else train)
+        (folder / "val.bin").write_bytes((text / "val.bin").read_bytes()[:2_000] if val is None else val)
+
+    dataset("odd", train=b"123")
+    dataset("short", val=b"\0\0" * 31)
+    dataset("beyond", train=np.full(100, 999, np.uint16).tobytes())
+    dataset("other", chars=alphabet["chars"][::-1])
+    (here / "data" / "other" / "x").mkdir(exist_ok=True)
+    (here / "trunc").mkdir(exist_ok=True)
+    (here / "trunc/ckpt.pt").write_bytes((here / "out/ckpt.pt").read_bytes()[:5000])
+    torch.save({"model": 1}, here / "trunc/foreign.pt")
+    torch.save({"f": os.system}, here / "trunc/code.pt")
+    before = (here / "out/ckpt.pt").read_bytes()
+    for words, *flags in [
+        ("no data/none/meta.json: run python prepare_shakespeare.py", "--dataset=none"),
+        ("odd number of bytes", "--dataset=odd"),
+        ("fewer than block_size 32", "--dataset=short"),
+        ("the id 999, beyond the vocabulary", "--dataset=beyond"),
+        ("another vocabulary", "--dataset=other", "--init_from=out/model.pt"),
+        ("no checkpoint nowhere/ckpt.pt", "--init_from=resume", "--out_dir=nowhere"),
+        ("trunc/ckpt.pt can't be read", "--init_from=resume", "--out_dir=trunc"),
+        ("not a checkpoint of this project", "--init_from=trunc/foreign.pt"),
+        ("can't be read as a checkpoint", "--init_from=trunc/code.pt"),
+        ("has n_layer 2, not 3", "--n_layer=3", "--init_from=out/model.pt"),
+        ("process is 'msked'", "--process=msked"),
+        ("device is 'tpu'", "--device=tpu"),
+        ("dtype is 'float8'", "--dtype=float8"),
+        ("no optimizer state", "--init_from=resume", "--out_dir=bare"),
+        ("loss is nan at step", "--learning_rate=1e30", "--grad_clip=0.0"),
+    ]:
+        if "--out_dir=bare" in flags:
+            (here / "bare").mkdir(exist_ok=True)
+            (here / "bare/ckpt.pt").write_bytes((here / "out/model.pt").read_bytes())
+        with pytest.raises(SystemExit) as stop:
+            script("train.py", *SMALL, *flags)
+        assert words in stop.value.code and "\n" not in stop.value.code
+    assert (here / "out/ckpt.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sample.py
+
+def test_sampling_fills_blanks_and_repeats_itself(here, capsys):
+    flags = ["--text=The{19} of {5}.", "--num_samples=3", "--steps=6"]
+    script("sample.py", *flags)
+    first = capsys.readouterr()
+    parts = first.out[:-1].split("\n" + "-" * 80 + "\n")
+    assert len(parts) == 3 and all(re.fullmatch(r"The.{19} of .{5}\.", part, re.DOTALL) for part in parts)
+    assert "72 tokens in 6 network calls" in first.err and "masked diffusion" in first.err
+    script("sample.py", *flags)
+    assert capsys.readouterr().out == first.out
+    script("sample.py", *flags, "--seed=2")
+    assert capsys.readouterr().out != first.out
+    script("sample.py", "--text=The", "--num_samples=1", "--steps=300")
+    again = capsys.readouterr()
+    assert again.out.startswith("The") and len(again.out) == 33 and "29 network calls" in again.err
+    script("sample.py", "--num_samples=1", "--steps=2", "--temperature=0", "--order=entropy", "--watch")
+    assert "\033" not in capsys.readouterr().err                                # not a terminal
+
+
+@pytest.mark.parametrize("words, flags", [
+    ("no checkpoint nowhere/model.pt", ["--out_dir=nowhere"]),
+    (b"'\\u4e16' isn't in the tokenizer's alphabet".decode("unicode_escape"), ["--text=世{3}"]),
+    ("text has 40 tokens", ["--text={40}"]),
+    ("text has 40 tokens", ["--text=" + 40 * "a"]),
+    ("0 of them unknown", ["--text=a{0}"]),
+])
+def test_sampling_refuses_what_it_cannot_use(here, words, flags):
+    with pytest.raises(SystemExit) as stop:
+        script("sample.py", *flags)
+    assert words in stop.value.code and "\n" not in stop.value.code
+
+
+def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    script("sample.py", "--text=The{8}", "--num_samples=1", "--steps=4", "--watch")
+    frames = capsys.readouterr().err.split("\033[H\033[2J")[1:]
+    assert len(frames) == 5 and frames[0].count("\033[2m·") == 8 and frames[-1].count("\033[2m") == 0
+    assert sum(frame.count("\033[32m") for frame in frames) == 8 and all(f.startswith("\033[0mT") for f in frames)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# all of it: a small model learns English far beyond its letter frequencies
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_end_to_end_through_the_command_line(here, process):
+    run = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--dataset=text", f"--process={process}",
+                          "--out_dir=e2e", "--block_size=64", "--n_layer=2", "--n_embd=64", "--n_head=1",
+                          "--max_iters=250", "--eval_interval=250", "--eval_iters=8"],
+                         capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    tokens = np.fromfile("data/text/train.bin", np.uint16)
+    p = np.bincount(tokens) / len(tokens)
+    unigram = -(p[p > 0] * np.log(p[p > 0])).sum()
+    bound = float(re.search(r"val nelbo (\d\.\d+)", run.stdout).group(1))
+    assert bound < unigram - 0.3, (bound, unigram)
+    run = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "--out_dir=e2e", "--text=The {40}"],
+                         capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and run.stdout.startswith("The "), run.stderr[-2000:]

@@ -1,0 +1,289 @@
+"""Trains a diffusion language model.
+
+    python train.py                                               # laptop size, about 5 minutes on 2 CPU cores
+    python train.py config/shakespeare_masked.py --max_iters=2000
+    torchrun --nproc_per_node=3 train.py config/shakespeare_masked.py --gradient_accumulation_steps=3
+    python train.py --init_from=resume                            # goes on from out/ckpt.pt, exactly
+    python train.py --init_from=out/model.pt --eval_only=True     # the bound of a model
+
+What a step computes doesn't depend on the number of processes, and nothing about random numbers needs to be saved:
+micro-batch m of step s draws its crops, noise and dropout from generators seeded with (seed, s, m).
+"""
+import copy
+import csv
+import gc
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import prepare_shakespeare
+from config import Config, fail, hardware, load
+from data import Tokenizer, crops, load_bin, load_meta
+from data import load as load_checkpoint
+from data import save as save_checkpoint
+from diffusion import PROCESSES, times
+from model import Muon
+
+sys.stdout.reconfigure(line_buffering=True)
+cfg = load(Config)
+if cfg.process not in PROCESSES:
+    fail(f"process is {cfg.process!r}: it must be one of {', '.join(PROCESSES)}")
+
+# ---------------------------------------------------------------------------------------------------------------
+# processes and device: alone, or one of many under torchrun
+
+rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+cfg = hardware(cfg)
+if cfg.gradient_accumulation_steps % world:
+    fail(f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}, the micro-batches of a step over all "
+         f"devices: it must be a multiple of the {world} processes")
+if cfg.device == "cuda":
+    cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    torch.cuda.set_device(cfg.device)
+    torch.set_float32_matmul_precision("high")
+if "RANK" in os.environ:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in cfg.device else "gloo")
+master = rank == 0
+
+
+def total(tensor):
+    """The sum of a tensor over all processes."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# data
+
+if cfg.dataset == "shakespeare" and master and not os.path.exists("data/shakespeare/meta.json"):
+    prepare_shakespeare.prepare()
+if world > 1:
+    dist.barrier()
+meta = load_meta(cfg.dataset)
+tokenizer = Tokenizer(meta)
+V, B, T, A = tokenizer.V, cfg.batch_size, cfg.block_size, cfg.gradient_accumulation_steps
+splits = {split: load_bin(cfg.dataset, split, V, T) for split in ("train", "val")}
+
+
+def batch(split, *key):
+    """Crops (B, T) that depend on key alone, on the device; seeds the generators of noise and dropout with it."""
+    rng = np.random.default_rng(key)
+    x0 = crops(splits[split], rng, B, T)
+    torch.manual_seed(int(rng.integers(2 ** 63)))
+    return to_device(x0)
+
+
+def to_device(tensor):
+    """Copies to the device; on CUDA through pinned memory, so that the host need not wait."""
+    return tensor.pin_memory().to(cfg.device, non_blocking=True) if "cuda" in cfg.device else tensor.to(cfg.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# model, averaged model, optimizers
+
+torch.manual_seed(cfg.seed)
+model = PROCESSES[cfg.process](cfg, V).to(cfg.device)
+counts = np.bincount(splits["train"][:10_000_000], minlength=V) + 1
+model.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))          # at first: the unigram model
+ema = copy.deepcopy(model).eval().requires_grad_(False)
+matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
+others = [p for p in model.parameters() if all(p is not q for q in matrices)]
+optimizers = [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
+              torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0, fused=True)]
+for optimizer in optimizers:
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+step, best = 0, math.inf
+
+ckpt_path, model_path, log_path = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "model.pt", "log.csv"))
+if cfg.init_from != "scratch":
+    path = ckpt_path if cfg.init_from == "resume" else cfg.init_from
+    ckpt = load_checkpoint(path)
+    for name in "process", "n_layer", "n_head", "n_embd", "embed_dim":
+        if ckpt["config"][name] != getattr(cfg, name):
+            fail(f"{path} has {name} {ckpt['config'][name]}, not {getattr(cfg, name)}: "
+                 f"pass --{name}={ckpt['config'][name]}")
+    if any(ckpt["meta"].get(name) != meta.get(name) for name in ("tokenizer", "chars", "vocab_size")):
+        fail(f"{path} was trained with another vocabulary than that of data/{cfg.dataset}")
+    model.load_state_dict(ckpt["model"])
+    ema.load_state_dict(ckpt.get("ema", ckpt["model"]))
+    if cfg.init_from == "resume":
+        if "optimizers" not in ckpt:
+            fail(f"{path} has no optimizer state to resume from: pass --init_from={path}")
+        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+            optimizer.load_state_dict(state)
+        step, best = ckpt["step"], ckpt["best"]
+    elif cfg.eval_only:
+        step = ckpt["step"]
+    del ckpt
+
+if cfg.compile:
+    model.compile()
+net = DistributedDataParallel(model) if world > 1 else model
+n_params = sum(p.numel() for p in model.parameters())
+if master:
+    name = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{torch.get_num_threads()} threads"
+    print(f"{cfg.process} diffusion on {cfg.device} ({name}) x {world}, {cfg.dtype}"
+          f"{', compiled' if cfg.compile else ''}: {n_params / 1e6:.2f} M parameters, of these "
+          f"{sum(p.numel() for p in matrices) / 1e6:.2f} M in the blocks")
+    print(f"data/{cfg.dataset}: {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
+          f"vocabulary {V:,}; source: {meta['source']}")
+    print(f"{cfg.max_iters:,} steps of {A * B * T:,} tokens = {cfg.max_iters * A * B * T / len(splits['train']):.1f} "
+          f"epochs; logs and checkpoints in {cfg.out_dir}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# evaluation: the averaged weights, the same crops and noise each time, dealt to all processes
+
+@torch.no_grad()
+def evaluate():
+    """The bound on the validation split and its standard error, from eval_iters batches (nats per token)."""
+    means = torch.zeros(cfg.eval_iters, dtype=torch.float64)
+    for i in range(rank, cfg.eval_iters, world):
+        x0 = batch("val", i)
+        means[i] = ema.nelbo(x0, to_device(times(np.random.default_rng(i), 1, B)[0])).mean().item()
+    means = total(means)
+    return means.mean().item(), means.std().item() / cfg.eval_iters ** 0.5
+
+
+@torch.no_grad()
+def table():
+    """What the model knows at each noise level, as text: one row for each t."""
+    lines, count = [], max(1, 8 // world)           # batches for each process
+    for t in (0.05, *(i / 10 for i in range(1, 10)), 0.95):
+        parts = [ema.measures(batch("val", rank + world * i), torch.full((B,), t, device=cfg.device))
+                 for i in range(count)]
+        row = total(torch.tensor([list(part.values()) for part in parts]).mean(0) / world)
+        lines += [f"{t:6.2f}" + "".join(f"{value:15.4f}" for value in row)]
+    return "\n".join(["     t" + "".join(f"{name:>15}" for name in parts[0]), *lines])
+
+
+def report():
+    """Evaluates, prints and logs; writes both checkpoints; prints one sample. Stops if a loss was not finite."""
+    global best
+    mean_loss = check_losses()
+    nelbo, se = evaluate()
+    if not math.isfinite(nelbo):
+        fail(f"the bound is {nelbo} at step {step}: lower the learning rate; {cfg.out_dir} keeps the last good one")
+    unit = f"{nelbo / math.log(2):.3f} bits/char" if tokenizer.chars else f"perplexity <= {math.exp(nelbo):.2f}"
+    rows = table()
+    if not master:
+        return
+    tqdm.write(f"step {step}: val nelbo {nelbo:.4f} ± {se:.4f} nats/token, {unit}, train loss {mean_loss:.4f}, "
+               f"{time.time() - started:.0f} s\n{rows}")
+    if cfg.eval_only:
+        return
+    common = {"config": asdict(cfg), "meta": meta, "step": step, "nelbo": nelbo, "se": se}
+    if nelbo < best:
+        best = nelbo
+        save_checkpoint(model_path, common | {"model": ema.state_dict()})
+    save(common)
+    with open(log_path, "a", newline="") as f:
+        csv.writer(f).writerow([step, f"{mean_loss:.4f}", f"{nelbo:.4f}", f"{se:.4f}", f"{time.time() - started:.0f}"])
+    torch.manual_seed(0)
+    known = torch.zeros(1, T, dtype=torch.bool, device=cfg.device)
+    *_, (tokens, _) = ema.sample(known.long(), known, 64)
+    tqdm.write(f"{'-' * 80}\n{tokenizer.decode(tokens[0].tolist())}\n{'-' * 80}")
+
+
+def save(common):
+    save_checkpoint(ckpt_path, common | {
+        "model": model.state_dict(), "ema": ema.state_dict(), "best": best,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# training
+
+losses = []                              # of the steps since the last look, on the device
+
+
+def check_losses():
+    """Mean loss of the steps since the last look; the one place in training that waits for the device."""
+    global losses
+    if not losses:
+        return math.nan
+    values = total(torch.stack(losses).cpu() / world)
+    for i, value in enumerate(values.tolist()):
+        if not math.isfinite(value):
+            fail(f"the loss is {value} at step {step - len(losses) + i}: lower the learning rate, or look at the "
+                 f"data; {cfg.out_dir} keeps the last good checkpoint")
+    losses = []
+    return values.mean().item()
+
+
+stopping = torch.zeros(1)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: stopping.fill_(1))
+
+started = time.time()
+if cfg.eval_only:
+    report()
+    sys.exit(0)
+os.makedirs(cfg.out_dir, exist_ok=True)
+if master:                               # the log starts anew, or with what a resumed run had logged by this step
+    rows = []
+    if step and os.path.exists(log_path):
+        with open(log_path, newline="") as f:
+            rows = [row for row in csv.reader(f) if row[0].isdigit() and int(row[0]) <= step]
+    with open(log_path, "w", newline="") as f:
+        csv.writer(f).writerows([["step", "train_loss", "val_nelbo", "se", "seconds"], *rows])
+
+bar = tqdm(initial=step, total=cfg.max_iters, disable=not master, unit="step", dynamic_ncols=True, mininterval=0.5)
+while step < cfg.max_iters:
+    decay = (cfg.max_iters - step) / (0.6 * cfg.max_iters)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * min(1, (step + 1) / max(1, cfg.warmup_iters), decay)
+
+    t = times(np.random.default_rng((cfg.seed, step)), A, B)
+    model.train()
+    loss = 0
+    for m in range(rank, A, world):
+        x0 = batch("train", cfg.seed, step, m)
+        if world > 1:
+            net.require_backward_grad_sync = m + world >= A
+        micro_loss = net(x0, to_device(t[m])) * (world / A)
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    if cfg.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    model.adapt(total)
+    losses.append(loss)
+    step += 1
+
+    keep = min(cfg.ema_decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
+
+    bar.update()
+    if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+        report()
+    elif step % cfg.log_interval == 0:
+        bar.set_postfix_str(f"loss {check_losses():.3f}")
+    stop = total(stopping.clone())
+    if stop.item():
+        check_losses()
+        if master:
+            save({"config": asdict(cfg), "meta": meta, "step": step})
+            tqdm.write(f"stopped at step {step} and saved {ckpt_path}: go on with --init_from=resume")
+        break
+bar.close()
+if world > 1:
+    del net                              # it holds the process group, whose threads must end before the interpreter
+    gc.collect()
+    dist.destroy_process_group()
