@@ -21,7 +21,7 @@ class Config:
     dataset: str = "shakespeare"            # data/<dataset>/ holds train.bin, val.bin and meta.json
     init_from: str = "scratch"              # scratch, resume (out_dir/ckpt.pt), or a model.pt to start from
     eval_only: bool = False                 # print the bound and the table by noise level, then stop
-    eval_interval: int = 500                # steps between evaluations; each also writes the checkpoints
+    eval_interval: int = 1000               # steps between evaluations; each also writes the checkpoints
     eval_iters: int = 64                    # batches in an evaluation, the same ones each time
     log_interval: int = 10                  # steps between updates of the progress bar
     process: str = "masked"                 # which diffusion: masked or embed
@@ -29,38 +29,29 @@ class Config:
     batch_size: int = 32                    # sequences in a micro-batch on one device; even
     gradient_accumulation_steps: int = 1    # micro-batches in an optimizer step, over all devices together
     block_size: int = 128                   # tokens in a sequence
-    n_layer: int = 4
-    n_head: int = 2
-    n_embd: int = 128
+    n_layer: int = 3
+    n_head: int = 3
+    n_embd: int = 192
     dropout: float = 0.0
-    learning_rate: float = 0.02             # of Muon, for the matrices of the blocks
+    learning_rate: float = 0.01             # of Muon, for the matrices of the blocks
     adam_lr: float = 0.005                  # of AdamW, for everything else
     weight_decay: float = 0.1               # of Muon only
     beta1: float = 0.9                      # of AdamW
     beta2: float = 0.95
     grad_clip: float = 1.0                  # the gradient's greatest norm; 0: no limit
-    max_iters: int = 3500                   # optimizer steps
-    warmup_iters: int = 50                  # linear warm-up; linear decay to zero over the last 60 % of the run
+    max_iters: int = 3000                   # optimizer steps
+    warmup_iters: int = 50                  # linear warm-up; the last 60 % decay linearly to zero
     ema_decay: float = 0.99                 # running average of the weights, which is what is evaluated
     device: str = "auto"                    # cuda, cuda:1, mps, cpu; auto: the first of these there is
-    dtype: str = "auto"                     # bfloat16 or float32; auto: bfloat16 where the chip computes in it
+    dtype: str = "auto"                     # bfloat16, float32; auto: bfloat16 where the chip has it
     compile: bool | None = None             # torch.compile; None: on CUDA only
     seed: int = 1337                        # of weights, crops, times and noise
 
     def __post_init__(self):
-        for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "block_size",
-                     "n_layer", "n_head", "n_embd", "embed_dim"):
-            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in "max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate", "adam_lr", "seed":
-            need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it can't be negative")
-        for name in "dropout", "ema_decay", "beta1", "beta2":
-            need(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        need(self.eval_iters >= 2, f"eval_iters is {self.eval_iters}: a standard error needs at least 2 batches")
-        need(self.batch_size >= 2 and self.batch_size % 2 == 0,
-             f"batch_size is {self.batch_size}: it must be even, since times come in pairs t and 1 - t")
-        need(self.n_embd % (2 * self.n_head) == 0,
-             f"n_embd is {self.n_embd} and n_head {self.n_head}: a head needs a whole, even number of channels, "
-             f"so n_embd must be a multiple of {2 * self.n_head}")
+        check(self)
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd is {self.n_embd} and n_head {self.n_head}: a head needs a whole, even "
+                             f"number of channels, so n_embd must be a multiple of {2 * self.n_head}")
 
 
 @dataclass
@@ -75,29 +66,44 @@ class SampleConfig:
     top_k: int = 0                          # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0                      # draw from the fewest tokens that hold this share of probability
     schedule: str = "linear"                # grid of t: linear, cosine, squared_cosine, exponential
-    order: str = "random"                   # of masked: which tokens first: random, confidence, margin, entropy
-    eta: float = 1.0                        # of embed: share of fresh noise, from 0 (deterministic) to 1 (ancestral)
+    order: str = "random"                   # of masked: random, confidence, margin, entropy
+    eta: float = 1.0                        # of embed: from 0 (deterministic) to 1 (ancestral)
     watch: bool = False                     # play it in the terminal
     device: str = "auto"                    # as in train.py
     dtype: str = "auto"
 
     def __post_init__(self):
-        need(self.num_samples >= 1, f"num_samples is {self.num_samples}: it must be at least 1")
-        need(self.steps >= 1, f"steps is {self.steps}: it must be at least 1")
-        need(self.temperature >= 0, f"temperature is {self.temperature}: it can't be negative (0 is greedy)")
-        need(self.top_k >= 0, f"top_k is {self.top_k}: it can't be negative (0 is no limit)")
-        need(0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be in (0, 1]")
-        need(self.seed >= 0, f"seed is {self.seed}: it can't be negative")
-        need(0 <= self.eta <= 1, f"eta is {self.eta}: it must be in [0, 1]")
-        for name, choices in (("schedule", ("linear", "cosine", "squared_cosine", "exponential")),
-                              ("order", ("random", "confidence", "margin", "entropy"))):
-            need(getattr(self, name) in choices,
-                 f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        check(self)
 
 
-def need(ok, sentence):
-    if not ok:
-        raise ValueError(sentence)
+RULES = {                                   # what a value must be: a test of it, the settings it holds for
+    "at least 1": (lambda v: v >= 1, (
+        "eval_interval", "log_interval", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
+        "n_embd", "embed_dim", "steps", "num_samples")),
+    "0 or more": (lambda v: v >= 0, (
+        "max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate", "adam_lr", "seed",
+        "temperature", "top_k")),
+    "at least 2, for a standard error": (lambda v: v >= 2, ("eval_iters",)),
+    "even, since times come in pairs t, 1 - t": (lambda v: v >= 2 and v % 2 == 0, ("batch_size",)),
+    "in [0, 1)": (lambda v: 0 <= v < 1, ("dropout", "ema_decay", "beta1", "beta2")),
+    "in [0, 1]": (lambda v: 0 <= v <= 1, ("eta",)),
+    "in (0, 1]": (lambda v: 0 < v <= 1, ("top_p",)),
+}
+CHOICES = {
+    "process": ("masked", "embed"), "dtype": ("auto", "bfloat16", "float32"),
+    "order": ("random", "confidence", "margin", "entropy"),
+    "schedule": ("linear", "cosine", "squared_cosine", "exponential"),
+}
+
+
+def check(cfg):
+    """Raises ValueError with one sentence on the first value of cfg that breaks a rule."""
+    for name, value in vars(cfg).items():
+        for words, (holds, names) in RULES.items():
+            if name in names and not holds(value):
+                raise ValueError(f"{name} is {value!r}: it must be {words}")
+        if value not in CHOICES.get(name, (value,)):
+            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
 
 
 def fail(sentence):
@@ -106,9 +112,9 @@ def fail(sentence):
 
 
 def load(cls, argv=None):
-    """A cls (Config or SampleConfig) from defaults, then the config file in argv if there is one, then its flags.
+    """A cls (Config or SampleConfig) from defaults, then the config file in argv, if any, then the flags.
 
-    Flags are --key value or --key=value; a bare --key means True. Exits with one sentence on what it can't read.
+    Flags are --key value or --key=value; a bare --key means True. Exits with a sentence on what is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -168,7 +174,8 @@ def hardware(cfg):
     import torch
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = device.split(":")[0]
     if kind not in ("cuda", "mps", "cpu") or kind == "cuda" and not torch.cuda.is_available():
         fail(f"device is {device!r}: this machine doesn't have it; leave it at 'auto'")
@@ -176,8 +183,6 @@ def hardware(cfg):
         fast = torch.cuda.is_bf16_supported(False) if kind == "cuda" else (
             kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
         dtype = "bfloat16" if fast else "float32"
-    if dtype not in ("bfloat16", "float32"):
-        fail(f"dtype is {dtype!r}: it must be bfloat16, float32 or auto")
     cfg = replace(cfg, device=device, dtype=dtype)
     if getattr(cfg, "compile", False) is None:
         cfg = replace(cfg, compile=kind == "cuda")

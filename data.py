@@ -56,7 +56,7 @@ def load_bin(dataset, split, V, block_size):
     if size % 2:
         fail(f"{path} has an odd number of bytes ({size}), so it isn't whole uint16 tokens: prepare it again")
     if size < 2 * block_size:
-        fail(f"{path} has {size // 2} tokens, fewer than block_size {block_size}: lower block_size or add text")
+        fail(f"{path} has {size // 2} tokens, fewer than block_size {block_size}: lower it or add text")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     if tokens.max() >= V:
         fail(f"{path} holds the id {tokens.max()}, beyond the vocabulary of {V}: prepare it again")
@@ -70,7 +70,7 @@ def crops(tokens, rng, B, T):
 
 
 def write_dataset(dataset, train, val, meta):
-    """Writes uint16 arrays and meta.json into data/<dataset>, each under a temporary name and then renamed."""
+    """Writes uint16 arrays and meta.json into data/<dataset>, each under a temporary name, then renamed."""
     folder = os.path.join("data", dataset)
     os.makedirs(folder, exist_ok=True)
     meta = meta | {"train_tokens": len(train), "val_tokens": len(val)}
@@ -88,7 +88,7 @@ def save(path, content):
 
 
 def load(path):
-    """The dict that save() wrote, on the CPU. Never executes code; exits if the file is missing or not ours."""
+    """The dict that save() wrote, on the CPU. Never executes code; exits if it is missing or foreign."""
     if not os.path.exists(path):
         fail(f"there is no checkpoint {path}: train first, or name the folder with --out_dir")
     try:

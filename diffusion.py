@@ -1,8 +1,8 @@
 """The diffusion process: how text is destroyed, what the network learns from that, and how text is made.
 
 B sequences of T tokens; vocabulary V, channels C. x0 are the data's tokens, xt noisy ones. t in [0, 1] is the
-share of the information that the noise has destroyed: 0 is text, 1 is pure noise. `known` (B, T) is True where a
-token is given and must stay.
+share of the information that the noise has destroyed: 0 is text, 1 is pure noise. `known` (B, T) is True
+where a token is given and must stay.
 """
 import math
 
@@ -24,8 +24,8 @@ SCHEDULES = {
 def times(rng, n_micro, B):
     """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset.
 
-    Rows i and i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so each
-    is spread by itself. All are odd multiples of 2^-23: exact in float32, and t * T is never a whole number.
+    Rows i and i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so
+    each is spread by itself. All are odd multiples of 2^-23: exact in float32, and t T is never whole.
     """
     n_pairs = n_micro * B // 2
     t = (rng.random() + torch.arange(n_pairs, dtype=torch.float64) / n_pairs) % 1
@@ -41,8 +41,8 @@ def choose(score, k):
 
 
 def probabilities(logits, temperature, top_k, top_p):
-    """softmax(logits / temperature), zero outside the top_k likeliest tokens (0: all), then outside the fewest that
-    hold the share top_p of what is left; unnormalised. temperature 0 leaves the likeliest token alone."""
+    """softmax(logits / temperature) with zeros outside the top_k likeliest tokens (0: all), then outside the
+    fewest that hold the share top_p of the rest; not normalised. temperature 0 leaves the likeliest token."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
@@ -56,7 +56,7 @@ def probabilities(logits, temperature, top_k, top_p):
 
 
 def surety(logits, order):
-    """How sure the logits (K, V) are of their token, (K,): "confidence", "margin" (to the second best), "entropy"."""
+    """(K,): how sure the logits (K, V) are: confidence (in the best), margin (to the second), entropy."""
     p = logits.softmax(-1)
     if order == "entropy":
         return torch.special.entr(p).sum(-1).neg()
@@ -67,8 +67,8 @@ def surety(logits, order):
 def draw(p):
     """One index per row of the unnormalised probabilities p (K, V).
 
-    By inversion in float64: float32 Gumbel noise can't reach the tail of a large vocabulary and silently lowers
-    the entropy of samples (arXiv:2409.02908).
+    By inversion in float64: float32 Gumbel noise can't reach the tail of a large vocabulary, and silently
+    lowers the entropy of samples (arXiv:2409.02908).
     """
     cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
     u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
@@ -80,17 +80,17 @@ class Masked(nn.Module):
 
     def __init__(self, cfg, V):
         super().__init__()
-        self.V = V                                      # also the id of [MASK]: a row of the stem, not of the head
+        self.V = V                                      # also the id of [MASK], which the head doesn't have
         self.stem = nn.Embedding(V + 1, cfg.n_embd)
         self.net = Transformer(cfg)
         self.head = Linear(cfg.n_embd, V)
-        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py starts it at the log-frequencies
+        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
 
     def adapt(self, total):
         """Nothing: this schedule is not learned."""
 
     def count(self, t, T):
-        """k (B,), the number of masked tokens at t: uniform on 1..T if t is uniform, and T + 1 - k at 1 - t."""
+        """k (B,), the number of masked tokens at t: uniform on 1..T if t is, and T + 1 - k at 1 - t."""
         return ((t * 2 ** 23).long() * T // 2 ** 23 + 1).clamp(max=T)           # whole numbers: no rounding
 
     def corrupt(self, x0, t):
@@ -109,12 +109,12 @@ class Masked(nn.Module):
         return self.head(h).float() + self.bias
 
     def denoise_at(self, xt, t, at):
-        """Rows at (K,) of the logits, (K, V), also from a denoise that returns all of them (an exact posterior)."""
+        """Rows at (K,) of the logits, (K, V), also from a denoise that knows no `at` (an exact posterior)."""
         logits = self.denoise(xt, t, at=at)
         return logits if logits.dim() == 2 else logits.flatten(0, 1)[at]
 
     def predict(self, x0, t):
-        """Noises x0 to t: k (B,), the masked positions (K,) in the flattened batch, and their logits (K, V)."""
+        """Noises x0 to t: k (B,), the masked positions (K,) of the flat batch, and their logits (K, V)."""
         B, T = x0.shape
         xt, k = self.corrupt(x0, t), self.count(t, T)
         # pairs t, 1 - t mask B (T + 1) / 2 tokens whatever t is: the compiler gets a constant
@@ -125,20 +125,20 @@ class Masked(nn.Module):
     def nelbo(self, x0, t):
         """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T.
 
-        The mean cross-entropy of k masked tokens, k uniform on 1..T: the any-order autoregressive bound, equal to
-        the continuous-time one (RADD, arXiv:2406.03736). When compiled, t must come in pairs (see times).
+        The mean cross-entropy of k masked tokens, k uniform on 1..T: the any-order autoregressive bound,
+        equal to the continuous-time one (RADD, arXiv:2406.03736). When compiled, t must come in pairs.
         """
         k, at, logits = self.predict(x0, t)
         nll = F.cross_entropy(logits, x0.flatten()[at], reduction="none")       # (K,)
         bound = torch.zeros_like(t).index_add(0, at // x0.size(1), nll) / k
-        return torch.where(k.sum() == len(at), bound, torch.nan)                # unpaired times, compiled: no number
+        return torch.where(k.sum() == len(at), bound, torch.nan)                # compiled, unpaired t
 
     def forward(self, x0, t):
         """What training minimises: the bound."""
         return self.nelbo(x0, t).mean()
 
     def measures(self, x0, t):
-        """Cross-entropy (nats) and accuracy at the masked positions: scalars, by name, for the evaluation's table."""
+        """Cross-entropy (nats) and accuracy at the masked positions: scalars by name, for the evaluation."""
         _, at, logits = self.predict(x0, t)
         target = x0.flatten()[at]
         return {"cross-entropy": F.cross_entropy(logits, target),
@@ -146,10 +146,10 @@ class Masked(nn.Module):
 
     @torch.no_grad()
     def sample(self, x, known, steps, schedule="linear", order="random", temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: first with [MASK] for all unknown, then after each network call.
+        """Yields (tokens, certainty), (B, T) each: all unknown as [MASK], then after each network call.
 
-        x (B, T) counts where known (B, T). min(steps, unknown tokens) calls: each reveals at least one token, the
-        last leaves none. A step chooses which tokens to reveal, at random or the surest first (MaskGIT,
+        x (B, T) counts where known (B, T). min(steps, unknown tokens) calls: each reveals at least one token,
+        the last leaves none. A step chooses which tokens to reveal, at random or the surest first (MaskGIT,
         arXiv:2202.04200), and then draws them. certainty is 1 for what is revealed and 0 for [MASK].
         """
         B, T = x.shape
@@ -159,11 +159,11 @@ class Masked(nn.Module):
         score = torch.rand(B, T, device=x.device)
         yield x, known.float()
         for i in range(1, steps + 1):
-            # as many stay masked as the grid says, but this step reveals one and leaves one for each step to come
+            # as many stay masked as the grid says; but this step reveals one and leaves one for each to come
             after = (n * SCHEDULES[schedule](1 - i / steps)).round().long()
             after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
             quota, share, masked = (left - after).to(x.device), left.to(x.device) / T, x == self.V
-            if order == "random":                       # the places don't depend on the logits: head at those only
+            if order == "random":                       # places don't depend on logits: head at those
                 reveal = choose(score.where(masked, -1), quota)
                 at = reveal.flatten().nonzero_static(size=int((left - after).sum())).squeeze(1)
                 logits = self.denoise_at(x, share, at)
@@ -180,29 +180,31 @@ class Masked(nn.Module):
 
 
 class Embed(nn.Module):
-    """Gaussian noise on token embeddings: zt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
+    """Gaussian noise on embeddings: zt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
 
-    The network answers with a distribution over tokens (CDCD, arXiv:2211.15089) and learns by cross-entropy. Rows of
-    E have length sqrt(D), so that they can neither shrink together nor run away. logsnr(t) is learned: equal pieces
-    of t carry equal parts of the bound.
+    The network answers with a distribution over tokens (CDCD, arXiv:2211.15089) and learns by cross-entropy.
+    E's rows, of width D, have length sqrt(D): they can neither shrink together nor run away. logsnr(t) is
+    learned: equal pieces of t carry equal parts of the bound.
     """
-    BINS = 64
+    BINS = 64           # of logsnr, for the learned schedule
+    OWN_EVERY = 4       # training rows that get a second look (self-conditioning)
+    KNOWN_EVERY = 8     # training rows of which a part is known
 
     def __init__(self, cfg, V):
         super().__init__()
         C, D = cfg.n_embd, cfg.embed_dim
         self.V, self.D = V, D
         self.weight = nn.Parameter(torch.randn(V, D))
-        self.stem, self.stem_sc = Linear(D, C), Linear(D, C, zero=True)
+        self.stem, self.stem_sc = Linear(D, C, zero=True), Linear(D, C)
         self.stem_known = nn.Parameter(torch.zeros(C))
         self.net = Transformer(cfg)
-        self.head = Linear(C, V, zero=True)
-        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py starts it at the log-frequencies
-        # the schedule: running sums of the bound's integrand by bin of logsnr, and the knots of t made from them
+        self.head = Linear(C, V)
+        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
+        # the schedule: running sums of the bound's integrand by bin of logsnr, and the knots of t that follow
         self.register_buffer("edges", torch.linspace(-6, 5.5, self.BINS + 1) - math.log(D))
         self.register_buffer("sums", torch.ones(2, self.BINS))                  # integrand, rows; decayed
         self.register_buffer("fresh", torch.zeros(2, self.BINS))                # the same, of this step
-        self.register_buffer("knots", torch.linspace(0, 1, self.BINS + 1))      # share of q below each edge: 1 - t
+        self.register_buffer("knots", torch.linspace(0, 1, self.BINS + 1))      # 1 - t at each edge
 
     def table(self):
         """E (V, D), the embeddings: float32 rows of length sqrt(D)."""
@@ -221,7 +223,7 @@ class Embed(nn.Module):
         return self.edges[i] + up * (self.edges[i + 1] - self.edges[i])
 
     def adapt(self, total):
-        """Moves the schedule towards the bound's integrand; total sums a tensor over all processes. Once a step."""
+        """Once a step, moves the schedule towards the integrand; total sums a tensor over all processes."""
         self.sums.mul_(0.99).add_(total(self.fresh))
         self.fresh.zero_()
         mean = self.sums[0] / self.sums[1]
@@ -229,7 +231,7 @@ class Embed(nn.Module):
         self.knots[1:] = q.cumsum(0) / q.sum()
 
     def integrand(self, x0, e0, logsnr):
-        """(B, T) nats for each unit of logsnr: 1/2 e^logsnr |E[x0] - e0|^2 (VDM, arXiv:2107.00630, eq. 17)."""
+        """(B, T) nats per unit of logsnr: 1/2 e^logsnr |E[x0] - e0|^2 (VDM, arXiv:2107.00630, eq. 17)."""
         return 0.5 * logsnr.exp()[:, None] * (self.table()[x0] - e0).square().sum(-1)
 
     # ---- noise in, tokens out
@@ -239,71 +241,78 @@ class Embed(nn.Module):
         e, logsnr = self.table()[x0], self.logsnr(t)[:, None, None]
         return logsnr.sigmoid().sqrt() * e + (-logsnr).sigmoid().sqrt() * torch.randn_like(e)
 
+    def alone(self, xt, t):
+        """Logits (B, T, V) of the exact posterior of a token seen alone, when only its frequency is known."""
+        logsnr = self.logsnr(t)[:, None, None]
+        return logsnr.sigmoid().sqrt() / (-logsnr).sigmoid() * xt @ self.table().T + self.bias
+
+    def estimate(self, logits, xt, known=None):
+        """e0 (B, T, D): the mean embedding under the logits (B, T, V); where known, what xt holds."""
+        e0 = logits.softmax(-1) @ self.table()
+        return e0 if known is None else torch.where(known[..., None], xt, e0)
+
     def denoise(self, xt, t, sc=None, known=None):
         """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,).
 
-        sc (B, T, D) is an earlier estimate of the embeddings (self-conditioning, arXiv:2208.04202); where known
-        (B, T) is True, xt holds the embedding itself, without noise. The last term is the exact posterior of a token
-        seen alone, so that the network learns what the context adds.
+        sc (B, T, D) is an earlier estimate of the embeddings (self-conditioning, arXiv:2208.04202), by
+        default that of each token alone. Where known (B, T) is True, xt holds the embedding itself, without
+        noise. The network adds what the context tells to the exact posterior of the token alone.
         """
-        low, high = self.edges[0], self.edges[-1]
-        logsnr = self.logsnr(t)
-        x = self.stem(xt) + self.stem_sc(torch.zeros_like(xt) if sc is None else sc)
+        alone = self.alone(xt, t)
+        x = self.stem(xt) + self.stem_sc(self.estimate(alone, xt, known) if sc is None else sc)
         if known is not None:
             x = x + known[..., None] * self.stem_known
-        h = self.net(x, (high - logsnr) / (high - low))
-        alone = (logsnr.sigmoid().sqrt() / (-logsnr).sigmoid())[:, None, None] * xt @ self.table().T
-        return self.head(h).float() + self.bias + alone
-
-    def estimate(self, p, xt, known=None):
-        """e0 (B, T, D): the mean embedding under the probabilities p (B, T, V); where known, what xt holds."""
-        e0 = p @ self.table()
-        return e0 if known is None else torch.where(known[..., None], xt, e0)
+        high, low = self.edges[-1], self.edges[0]
+        h = self.net(x, (high - self.logsnr(t)) / (high - low))
+        return self.head(h).float() + alone
 
     def forward(self, x0, t):
         """What training minimises: the mean cross-entropy of the unknown tokens."""
         B, T = x0.shape
-        # in every eighth row a part is known: a beginning, or scattered tokens
-        place = torch.where(torch.rand(B, 1, device=x0.device) < 0.5,
-                            torch.arange(T, device=x0.device) / T, torch.rand(B, T, device=x0.device))
-        known = (place < torch.rand(B, 1, device=x0.device)) & (torch.arange(B, device=x0.device) % 8 == 1)[:, None]
+        device, n = x0.device, self.OWN_EVERY
+        row = torch.arange(B, device=device)
+        # in some rows a part is known: a beginning, or scattered tokens
+        place = torch.where(torch.rand(B, 1, device=device) < 0.5,
+                            torch.arange(T, device=device) / T, torch.rand(B, T, device=device))
+        known = (place < torch.rand(B, 1, device=device)) & (row % self.KNOWN_EVERY == 1)[:, None]
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
-        # every fourth row learns to use an estimate of its own
-        sc = torch.zeros_like(xt)
+        # some rows learn to use a better estimate than that of each token alone: their own
         with torch.no_grad():
-            sc[::4] = self.estimate(self.denoise(xt[::4], t[::4], known=known[::4]).softmax(-1), xt[::4], known[::4])
+            own = self.estimate(self.denoise(xt[::n], t[::n], known=known[::n]), xt[::n], known[::n])
+        first = self.estimate(self.alone(xt, t), xt, known)
+        sc = torch.where((row % n == 0)[:, None, None], own[row // n], first)
         logits = self.denoise(xt, t, sc=sc, known=known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():
             i, whole = self.bin(t)[0], ~known.any(1)
-            cost = self.integrand(x0, self.estimate(logits.softmax(-1), xt), self.logsnr(t)).mean(1)
+            cost = self.integrand(x0, self.estimate(logits, xt), self.logsnr(t)).mean(1)
             self.fresh.index_add_(1, i, torch.stack((cost * whole, whole.float())))
         return (nll * ~known).sum() / (~known).sum()
 
     def nelbo(self, x0, t):
-        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T (VDM, arXiv:2107.00630).
+        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T.
 
-        What the noisiest state still tells, plus the cross-entropy at the cleanest, plus the integral between them
-        over logsnr, of which t is a sample with density q.
+        What the noisiest state still tells, plus the cross-entropy at the cleanest, plus the integral between
+        them over logsnr, of which t is a sample with density q (VDM, arXiv:2107.00630, eq. 11 and 17).
         """
-        prior = 0.5 * self.D * F.softplus(self.edges[0])                        # KL(q(z1|x0) || N(0, I)), |E[x0]|^2 = D
+        prior = 0.5 * self.D * F.softplus(self.edges[0])                        # KL(q(z1|x0) || N(0, I))
         clean = self.refined(x0, torch.zeros_like(t))[1].flatten(0, 1)
         nll = F.cross_entropy(clean, x0.flatten(), reduction="none").view(x0.shape)
         xt, logits = self.refined(x0, t)
         i = self.bin(t)[0]
         q = (self.knots[i + 1] - self.knots[i]) / (self.edges[i + 1] - self.edges[i])
-        between = self.integrand(x0, self.estimate(logits.softmax(-1), xt), self.logsnr(t)) / q[:, None]
+        between = self.integrand(x0, self.estimate(logits, xt), self.logsnr(t)) / q[:, None]
         return prior + (nll + between).mean(1)
 
     def refined(self, x0, t):
         """xt, x0 noised to t, and the logits of a second look at it, with the estimate of the first."""
         xt = self.corrupt(x0, t)
-        return xt, self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t).softmax(-1), xt))
+        return xt, self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t), xt))
 
     def measures(self, x0, t):
-        """Scalars by name for the evaluation's table: a model that collapsed or ignores its input shows in each."""
+        """Scalars by name, for the table by noise level, where a collapsed model shows at once."""
         xt, logits = self.refined(x0, t)
-        e, e0 = self.table()[x0], self.estimate(logits.softmax(-1), xt)
+        e, e0 = self.table()[x0], self.estimate(logits, xt)
         return {"noise share": (-self.logsnr(t)).sigmoid().mean(),
                 "cross-entropy": F.cross_entropy(logits.flatten(0, 1), x0.flatten()),
                 "accuracy": (logits.argmax(-1) == x0).float().mean(),
@@ -312,15 +321,16 @@ class Embed(nn.Module):
 
     @torch.no_grad()
     def sample(self, x, known, steps, schedule="linear", eta=1.0, temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: first of pure noise, then after each of the steps network calls.
+        """Yields (tokens, certainty), (B, T) each: of pure noise, then after each of the steps network calls.
 
-        x (B, T) counts where known (B, T). eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33), eta 0
-        deterministic (DDIM, arXiv:2010.02502, eq. 12). tokens are the likeliest, certainty is their probability.
+        x (B, T) counts where known (B, T). eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33),
+        eta 0 deterministic (DDIM, arXiv:2010.02502, eq. 12). tokens are the likeliest, certainty is their
+        probability.
         """
         E = self.table()
         given = E[x.where(known, 0)]
         z = given.where(known[..., None], torch.randn_like(given))
-        sc = torch.zeros_like(z)
+        sc = None
         yield x.where(known, (z @ E.T).argmax(-1)), known.float()
         grid = torch.tensor([SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
         logsnr = self.logsnr(grid)
@@ -328,12 +338,12 @@ class Embed(nn.Module):
         for i in range(steps if not known.all() else 0):
             logits = self.denoise(z, grid[i].expand(len(z)), sc=sc, known=known)
             p = probabilities(logits, temperature, top_k, top_p)
-            sc = self.estimate(p / p.sum(-1, keepdim=True), z, known)
+            sc = self.estimate(p.log(), z, known)
             # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
             noise = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
             eps = (z - alpha[i] * sc) / sigma[i]
-            z = alpha[i + 1] * sc + (sigma[i + 1] ** 2 - noise).sqrt() * eps + noise.sqrt() * torch.randn_like(z)
-            z = given.where(known[..., None], z)
+            z = alpha[i + 1] * sc + (sigma[i + 1] ** 2 - noise).sqrt() * eps
+            z = given.where(known[..., None], z + noise.sqrt() * torch.randn_like(z))
             certainty, tokens = logits.softmax(-1).max(-1)
             yield x.where(known, tokens), certainty.where(~known, 1.0)
 

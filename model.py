@@ -2,7 +2,7 @@
 
 A GPT block, with these differences:
 - no causal mask: every position sees every other one;
-- the time t enters each layer as shift, scale and gate (adaLN-single: PixArt-alpha, arXiv:2310.00426, section 2.3);
+- the time enters each layer as shift, scale and gate (adaLN-single: PixArt-alpha, arXiv:2310.00426, 2.3);
 - rotary positions, RMSNorm without gains, normalised queries and keys, ReLU^2, no biases;
 - projections back into the residual stream start at zero, so that every layer starts as the identity;
 - weights are float32 and are cast where they are used, so bfloat16 needs no autocast.
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 def attention(q, k, v):
-    """softmax(q k' / sqrt d) v over (B, H, T, d); written out on the CPU, where it is faster than the fused one."""
+    """softmax(q k' / sqrt d) v over (B, H, T, d); written out on the CPU, where that is faster."""
     if q.device.type == "cpu":
         return (q * q.size(-1) ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(B, T, C) vectors and a time (B,) in [0, 1] in, (B, T, C) normalised features out; T up to block_size."""
+    """(B, T, C) vectors and a time (B,) in [0, 1] in, (B, T, C) normalised features out; T <= block_size."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -111,8 +111,9 @@ def orthogonalise(G):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
 
-    Not torch.optim.Muon, which always rounds to bfloat16: with dtype float32, sums of gradients that differ in the
-    last bit, as over 1, 2 and 4 processes, give weights that differ in the last bit. All layers go at once.
+    Not torch.optim.Muon, which always rounds to bfloat16: with dtype float32, gradients that differ in the
+    last bit, as sums over 1, 2 and 4 processes do, give weights that differ in the last bits. All layers go
+    at once.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -125,8 +126,10 @@ class Muon(torch.optim.Optimizer):
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 params = [p for p in group["params"] if p.shape == shape]
                 for p in params:
-                    self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    average = self.state[p].setdefault("average", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - group["momentum"])
                 nesterov = [p.grad.lerp(self.state[p]["average"], group["momentum"]) for p in params]
                 update = orthogonalise(torch.stack(nesterov).to(self.dtype)).float()
+                lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update), alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+                torch._foreach_add_(params, list(update), alpha=-lr)

@@ -27,7 +27,8 @@ def download():
               "pass --input FILE for a text of your own.")
         return None
     if hashlib.sha256(raw).hexdigest() != SHA256:
-        fail(f"what came from {URL} is not Tiny Shakespeare (its sha256 differs): try again, or pass --input FILE")
+        fail(f"what came from {URL} is not Tiny Shakespeare (its sha256 differs): "
+             "try again, or pass --input FILE")
     return raw
 
 
@@ -65,7 +66,8 @@ def prepare(dataset="shakespeare", path=None, offline=False):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", help="a UTF-8 text file (default: download Tiny Shakespeare)")
     parser.add_argument("--dataset", default="shakespeare", help="name of the folder under data/")
     parser.add_argument("--offline", action="store_true", help="don't download: use the text inside Python")

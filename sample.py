@@ -20,7 +20,7 @@ from diffusion import PROCESSES
 
 cfg = hardware(load(SampleConfig))
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model
 
 path = os.path.join(cfg.out_dir, "model.pt")
@@ -30,16 +30,18 @@ tokenizer = Tokenizer(ckpt["meta"])
 model = PROCESSES[trained.process](trained, tokenizer.V)
 model.load_state_dict(ckpt["model"])
 model.to(cfg.device).eval()
-print(f"{path}: {trained.process} diffusion, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+n_params = sum(p.numel() for p in model.parameters())
+print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, "
       f"step {ckpt['step']}, bound {ckpt['nelbo']:.4f} nats/token, trained on {ckpt['meta']['source']}",
       file=sys.stderr)
 
-settings = {name: getattr(cfg, name) for name in ("schedule", "order", "eta", "temperature", "top_k", "top_p")}
+names = "schedule", "order", "eta", "temperature", "top_k", "top_p"
+settings = {name: getattr(cfg, name) for name in names}
 for name in settings.keys() - inspect.signature(model.sample).parameters.keys():
     if settings.pop(name) != getattr(SampleConfig, name):
-        fail(f"{name} is {getattr(cfg, name)!r}, but it is no setting of {trained.process} diffusion: leave it out")
+        fail(f"{name} is {getattr(cfg, name)!r}, but {trained.process} diffusion has no such setting")
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what is known: the pieces of --text between its {n}
 
 pieces = re.split(r"\{(\d+)\}", cfg.text)               # text, n, text, n, ..., text
@@ -57,12 +59,12 @@ if len(ids) > trained.block_size or all(known):
 x = torch.tensor([ids] * cfg.num_samples, device=cfg.device)
 known = torch.tensor([known] * cfg.num_samples, device=cfg.device)
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the samples
 
 
 def show(tokens, before, certainty):
-    """Draws one state in the terminal: dim where it is noise, green where it just changed, plain where it stays."""
+    """Draws a state in the terminal: dim where it is noise, green where it just changed, plain elsewhere."""
     frame = []
     for new, old, sure in zip(tokens.tolist(), before.tolist(), certainty.tolist()):
         style = "2" if sure < 0.5 else "32" if new != old else "0"

@@ -1,12 +1,12 @@
 """Trains a diffusion language model.
 
-    python train.py                                               # laptop size, about 5 minutes on 2 CPU cores
+    python train.py                                              # laptop size, about 5 minutes on 2 CPU cores
     python train.py config/shakespeare_masked.py --max_iters=2000
     torchrun --nproc_per_node=3 train.py config/shakespeare_masked.py --gradient_accumulation_steps=3
-    python train.py --init_from=resume                            # goes on from out/ckpt.pt, exactly
-    python train.py --init_from=out/model.pt --eval_only=True     # the bound of a model
+    python train.py --init_from=resume                           # goes on from out/ckpt.pt, exactly
+    python train.py --init_from=out/model.pt --eval_only=True    # the bound of a model
 
-What a step computes doesn't depend on the number of processes, and nothing about random numbers needs to be saved:
+What a step computes doesn't depend on the number of processes, and no random state needs to be saved:
 micro-batch m of step s draws its crops, noise and dropout from generators seeded with (seed, s, m).
 """
 import copy
@@ -35,17 +35,15 @@ from model import Muon
 
 sys.stdout.reconfigure(line_buffering=True)
 cfg = load(Config)
-if cfg.process not in PROCESSES:
-    fail(f"process is {cfg.process!r}: it must be one of {', '.join(PROCESSES)}")
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # processes and device: alone, or one of many under torchrun
 
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 cfg = hardware(cfg)
 if cfg.gradient_accumulation_steps % world:
-    fail(f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}, the micro-batches of a step over all "
-         f"devices: it must be a multiple of the {world} processes")
+    fail(f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}, the micro-batches of a step "
+         f"over all devices: it must be a multiple of the {world} processes")
 if cfg.device == "cuda":
     cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     torch.cuda.set_device(cfg.device)
@@ -62,7 +60,7 @@ def total(tensor):
     return tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data
 
 if cfg.dataset == "shakespeare" and master and not os.path.exists("data/shakespeare/meta.json"):
@@ -76,7 +74,7 @@ splits = {split: load_bin(cfg.dataset, split, V, T) for split in ("train", "val"
 
 
 def batch(split, *key):
-    """Crops (B, T) that depend on key alone, on the device; seeds the generators of noise and dropout with it."""
+    """Crops (B, T) on the device that depend on key alone; it seeds the noise and dropout to come, too."""
     rng = np.random.default_rng(key)
     x0 = crops(splits[split], rng, B, T)
     torch.manual_seed(int(rng.integers(2 ** 63)))
@@ -85,10 +83,11 @@ def batch(split, *key):
 
 def to_device(tensor):
     """Copies to the device; on CUDA through pinned memory, so that the host need not wait."""
-    return tensor.pin_memory().to(cfg.device, non_blocking=True) if "cuda" in cfg.device else tensor.to(cfg.device)
+    pinned = tensor.pin_memory() if "cuda" in cfg.device else tensor
+    return pinned.to(cfg.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model, averaged model, optimizers
 
 torch.manual_seed(cfg.seed)
@@ -99,13 +98,15 @@ ema = copy.deepcopy(model).eval().requires_grad_(False)
 matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if all(p is not q for q in matrices)]
 optimizers = [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
-              torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0, fused=True)]
+              torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
+                                fused=True)]
 for optimizer in optimizers:
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
 step, best = 0, math.inf
 
-ckpt_path, model_path, log_path = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "model.pt", "log.csv"))
+ckpt_path, model_path = os.path.join(cfg.out_dir, "ckpt.pt"), os.path.join(cfg.out_dir, "model.pt")
+log_path = os.path.join(cfg.out_dir, "log.csv")
 if cfg.init_from != "scratch":
     path = ckpt_path if cfg.init_from == "resume" else cfg.init_from
     ckpt = load_checkpoint(path)
@@ -136,13 +137,14 @@ if master:
     print(f"{cfg.process} diffusion on {cfg.device} ({name}) x {world}, {cfg.dtype}"
           f"{', compiled' if cfg.compile else ''}: {n_params / 1e6:.2f} M parameters, of these "
           f"{sum(p.numel() for p in matrices) / 1e6:.2f} M in the blocks")
-    print(f"data/{cfg.dataset}: {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
+    n_train, n_step = len(splits["train"]), A * B * T
+    print(f"data/{cfg.dataset}: {n_train:,} tokens to train on, {len(splits['val']):,} to validate, "
           f"vocabulary {V:,}; source: {meta['source']}")
-    print(f"{cfg.max_iters:,} steps of {A * B * T:,} tokens = {cfg.max_iters * A * B * T / len(splits['train']):.1f} "
-          f"epochs; logs and checkpoints in {cfg.out_dir}")
+    print(f"{cfg.max_iters:,} steps of {n_step:,} tokens = {cfg.max_iters * n_step / n_train:.1f} epochs; "
+          f"logs and checkpoints in {cfg.out_dir}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # evaluation: the averaged weights, the same crops and noise each time, dealt to all processes
 
 @torch.no_grad()
@@ -169,18 +171,20 @@ def table():
 
 
 def report():
-    """Evaluates, prints and logs; writes both checkpoints; prints one sample. Stops if a loss was not finite."""
+    """Evaluates, prints and logs; writes both checkpoints; prints a sample. Stops if a loss is not finite."""
     global best
     mean_loss = check_losses()
     nelbo, se = evaluate()
     if not math.isfinite(nelbo):
-        fail(f"the bound is {nelbo} at step {step}: lower the learning rate; {cfg.out_dir} keeps the last good one")
-    unit = f"{nelbo / math.log(2):.3f} bits/char" if tokenizer.chars else f"perplexity <= {math.exp(nelbo):.2f}"
+        fail(f"the bound is {nelbo} at step {step}: lower the learning rate ({cfg.out_dir} keeps the last)")
+    bits = nelbo / math.log(2)
+    unit = f"{bits:.3f} bits/char" if tokenizer.chars else f"perplexity <= {math.exp(nelbo):.2f}"
     rows = table()
     if not master:
         return
-    tqdm.write(f"step {step}: val nelbo {nelbo:.4f} ± {se:.4f} nats/token, {unit}, train loss {mean_loss:.4f}, "
-               f"{time.time() - started:.0f} s\n{rows}")
+    seconds = f"{time.time() - started:.0f}"
+    tqdm.write(f"step {step}: val nelbo {nelbo:.4f} ± {se:.4f} nats/token, {unit}, "
+               f"train loss {mean_loss:.4f}, {seconds} s\n{rows}")
     if cfg.eval_only:
         return
     common = {"config": asdict(cfg), "meta": meta, "step": step, "nelbo": nelbo, "se": se}
@@ -189,7 +193,7 @@ def report():
         save_checkpoint(model_path, common | {"model": ema.state_dict()})
     save(common)
     with open(log_path, "a", newline="") as f:
-        csv.writer(f).writerow([step, f"{mean_loss:.4f}", f"{nelbo:.4f}", f"{se:.4f}", f"{time.time() - started:.0f}"])
+        csv.writer(f).writerow([step, f"{mean_loss:.4f}", f"{nelbo:.4f}", f"{se:.4f}", seconds])
     torch.manual_seed(0)
     known = torch.zeros(1, T, dtype=torch.bool, device=cfg.device)
     *_, (tokens, _) = ema.sample(known.long(), known, 64)
@@ -202,7 +206,7 @@ def save(common):
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # training
 
 losses = []                              # of the steps since the last look, on the device
@@ -216,8 +220,8 @@ def check_losses():
     values = total(torch.stack(losses).cpu() / world)
     for i, value in enumerate(values.tolist()):
         if not math.isfinite(value):
-            fail(f"the loss is {value} at step {step - len(losses) + i}: lower the learning rate, or look at the "
-                 f"data; {cfg.out_dir} keeps the last good checkpoint")
+            fail(f"the loss is {value} at step {step - len(losses) + i}: lower the learning rate, or look at "
+                 f"the data; {cfg.out_dir} keeps the last good checkpoint")
     losses = []
     return values.mean().item()
 
@@ -231,7 +235,7 @@ if cfg.eval_only:
     report()
     sys.exit(0)
 os.makedirs(cfg.out_dir, exist_ok=True)
-if master:                               # the log starts anew, or with what a resumed run had logged by this step
+if master:                               # a resumed run keeps what was logged up to its step
     rows = []
     if step and os.path.exists(log_path):
         with open(log_path, newline="") as f:
@@ -239,7 +243,7 @@ if master:                               # the log starts anew, or with what a r
     with open(log_path, "w", newline="") as f:
         csv.writer(f).writerows([["step", "train_loss", "val_nelbo", "se", "seconds"], *rows])
 
-bar = tqdm(initial=step, total=cfg.max_iters, disable=not master, unit="step", dynamic_ncols=True, mininterval=0.5)
+bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master)
 while step < cfg.max_iters:
     decay = (cfg.max_iters - step) / (0.6 * cfg.max_iters)
     for optimizer in optimizers:
@@ -284,6 +288,6 @@ while step < cfg.max_iters:
         break
 bar.close()
 if world > 1:
-    del net                              # it holds the process group, whose threads must end before the interpreter
+    del net                              # it holds the process group, whose threads must end before Python
     gc.collect()
     dist.destroy_process_group()

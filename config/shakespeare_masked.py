@@ -1,10 +1,11 @@
 # nanoGPT's baby GPT as a masked diffusion model: 10.7 M parameters on Tiny Shakespeare, for one GPU.
 #
 #     python train.py config/shakespeare_masked.py
-#     torchrun --nproc_per_node=2 train.py config/shakespeare_masked.py --gradient_accumulation_steps=2 --batch_size=32
+#     torchrun --nproc_per_node=2 train.py config/shakespeare_masked.py --gradient_accumulation_steps=2 \
+#         --batch_size=32
 #
-# 64 sequences x 256 characters = 16,384 tokens a step; 20,000 steps = 327 epochs of the 1.0 M characters. Diffusion
-# goes on gaining from hundreds of epochs where an autoregressive model has overfitted after ten.
+# 64 sequences x 256 characters = 16,384 tokens a step; 20,000 steps = 326 epochs of the 1.0 M characters: diffusion
+# models go on gaining from repeated data for hundreds of epochs (arXiv:2507.15857). Not yet run at this size.
 out_dir = "out-shakespeare-masked"
 process = "masked"
 batch_size = 64
