@@ -60,7 +60,7 @@ class SampleConfig:
     out_dir: str = "out"                    # loads out_dir/model.pt
     text: str = ""                          # what is given, with {n} for n unknown tokens; '': all unknown
     num_samples: int = 4
-    steps: int = 128                        # network calls; never more than there are unknown tokens
+    steps: int = 128                        # network calls; masked: at most one for each unknown token
     seed: int = 1337
     temperature: float = 1.0                # below 1: more likely text; 0: always the likeliest token
     top_k: int = 0                          # draw from the k likeliest tokens; 0: from all
@@ -80,7 +80,7 @@ RULES = {                                   # what a value must be: a test of it
     "at least 1": (lambda v: v >= 1, (
         "eval_interval", "log_interval", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
         "n_embd", "embed_dim", "steps", "num_samples")),
-    "0 or more": (lambda v: v >= 0, (
+    "0 or more and finite": (lambda v: 0 <= v < 2 ** 62, (
         "max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate", "adam_lr", "seed",
         "temperature", "top_k")),
     "at least 2, for a standard error": (lambda v: v >= 2, ("eval_iters",)),
@@ -141,7 +141,7 @@ def load(cls, argv=None):
                 text = argv.pop(0)
         try:
             from_flags[key] = text if kinds.get(key) == (str,) else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError):
             from_flags[key] = text
     settings = from_file | from_flags
     for key, value in settings.items():
@@ -176,8 +176,9 @@ def hardware(cfg):
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu") or kind == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.zeros(1, device=device).device.type
+    except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"device is {device!r}: this machine doesn't have it; leave it at 'auto'")
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported(False) if kind == "cuda" else (

@@ -43,8 +43,20 @@ def load_meta(dataset):
     script = "prepare_openwebtext.py" if dataset.startswith("openwebtext") else "prepare_shakespeare.py"
     if not os.path.exists(path):
         fail(f"there is no {path}: run python {script} --dataset {dataset} first")
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        return meta | {"vocab_size": int(meta["vocab_size"]), "source": str(meta["source"])}
+    except (ValueError, LookupError, TypeError):
+        fail(f"{path} isn't what {script} writes: run it again")
+
+
+def load_weights(model, weights, path):
+    """Loads a checkpoint's weights into model; exits if they are not this model's."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError):
+        fail(f"the weights in {path} don't fit this model: was it written by another version?")
 
 
 def load_bin(dataset, split, V, block_size):

@@ -86,12 +86,18 @@ class Masked(nn.Module):
         self.head = Linear(cfg.n_embd, V)
         self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
 
+    MEASURES = "cross-entropy", "accuracy"
+
     def adapt(self, total):
         """Nothing: this schedule is not learned."""
 
+    def flops(self, T):
+        """Of a training step, per token: forward and twice that backward, the head at the masked half."""
+        return 3 * (self.net.flops(T) + 2 * self.head.weight.numel() * (T + 1) / (2 * T))
+
     def count(self, t, T):
         """k (B,), the number of masked tokens at t: uniform on 1..T if t is, and T + 1 - k at 1 - t."""
-        return ((t * 2 ** 23).long() * T // 2 ** 23 + 1).clamp(max=T)           # whole numbers: no rounding
+        return ((t * 2 ** 40).long() * T // 2 ** 40 + 1).clamp(max=T)           # whole numbers: no rounding
 
     def corrupt(self, x0, t):
         """x0 (B, T) with exactly floor(t T) + 1 random tokens of each row replaced by V."""
@@ -111,7 +117,7 @@ class Masked(nn.Module):
     def denoise_at(self, xt, t, at):
         """Rows at (K,) of the logits, (K, V), also from a denoise that knows no `at` (an exact posterior)."""
         logits = self.denoise(xt, t, at=at)
-        return logits if logits.dim() == 2 else logits.flatten(0, 1)[at]
+        return (logits if logits.dim() == 2 else logits.flatten(0, 1)[at]).float()
 
     def predict(self, x0, t):
         """Noises x0 to t: k (B,), the masked positions (K,) of the flat batch, and their logits (K, V)."""
@@ -130,7 +136,7 @@ class Masked(nn.Module):
         """
         k, at, logits = self.predict(x0, t)
         nll = F.cross_entropy(logits, x0.flatten()[at], reduction="none")       # (K,)
-        bound = torch.zeros_like(t).index_add(0, at // x0.size(1), nll) / k
+        bound = torch.zeros_like(t, dtype=torch.float32).index_add(0, at // x0.size(1), nll) / k
         return torch.where(k.sum() == len(at), bound, torch.nan)                # compiled, unpaired t
 
     def forward(self, x0, t):
@@ -188,7 +194,9 @@ class Embed(nn.Module):
     """
     BINS = 64           # of logsnr, for the learned schedule
     OWN_EVERY = 4       # training rows that get a second look (self-conditioning)
-    KNOWN_EVERY = 8     # training rows of which a part is known
+    KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
+    UNIFORM = 0.1       # share of the schedule that is uniform: without it the clean end would starve
+    MEASURES = "noise share", "cross-entropy", "accuracy", "cosine", "magnitude"
 
     def __init__(self, cfg, V):
         super().__init__()
@@ -210,6 +218,11 @@ class Embed(nn.Module):
         """E (V, D), the embeddings: float32 rows of length sqrt(D)."""
         return self.D ** 0.5 * F.normalize(self.weight, dim=1)
 
+    def flops(self, T):
+        """Of a training step, per token: forward, twice that backward, and the second look of some rows."""
+        head = 2 * self.head.weight.numel() + 8 * self.weight.numel()          # two posteriors, two estimates
+        return (3 + 1 / self.OWN_EVERY) * (self.net.flops(T) + head)
+
     # ---- the schedule
 
     def bin(self, t):
@@ -227,7 +240,7 @@ class Embed(nn.Module):
         self.sums.mul_(0.99).add_(total(self.fresh))
         self.fresh.zero_()
         mean = self.sums[0] / self.sums[1]
-        q = 0.9 * mean / mean.sum() + 0.1 / self.BINS   # without the uniform part the clean end would starve
+        q = (1 - self.UNIFORM) * mean / mean.sum() + self.UNIFORM / self.BINS
         self.knots[1:] = q.cumsum(0) / q.sum()
 
     def integrand(self, x0, e0, logsnr):
@@ -248,7 +261,7 @@ class Embed(nn.Module):
 
     def estimate(self, logits, xt, known=None):
         """e0 (B, T, D): the mean embedding under the logits (B, T, V); where known, what xt holds."""
-        e0 = logits.softmax(-1) @ self.table()
+        e0 = logits.softmax(-1).float() @ self.table()
         return e0 if known is None else torch.where(known[..., None], xt, e0)
 
     def denoise(self, xt, t, sc=None, known=None):
@@ -274,7 +287,8 @@ class Embed(nn.Module):
         # in some rows a part is known: a beginning, or scattered tokens
         place = torch.where(torch.rand(B, 1, device=device) < 0.5,
                             torch.arange(T, device=device) / T, torch.rand(B, T, device=device))
-        known = (place < torch.rand(B, 1, device=device)) & (row % self.KNOWN_EVERY == 1)[:, None]
+        known = ((place < torch.rand(B, 1, device=device))
+                 & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE))
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
         # some rows learn to use a better estimate than that of each token alone: their own
         with torch.no_grad():
@@ -287,7 +301,7 @@ class Embed(nn.Module):
             i, whole = self.bin(t)[0], ~known.any(1)
             cost = self.integrand(x0, self.estimate(logits, xt), self.logsnr(t)).mean(1)
             self.fresh.index_add_(1, i, torch.stack((cost * whole, whole.float())))
-        return (nll * ~known).sum() / (~known).sum()
+        return (nll * ~known).sum() / (~known).sum().clamp(min=1)
 
     def nelbo(self, x0, t):
         """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T.

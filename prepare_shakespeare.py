@@ -6,6 +6,7 @@
 """
 import argparse
 import hashlib
+import http.client
 import urllib.request
 
 import numpy as np
@@ -22,7 +23,7 @@ def download():
     try:
         with urllib.request.urlopen(URL, timeout=20) as response:
             raw = response.read()
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         print(f"Tiny Shakespeare can't be downloaded ({e}): using the reference text inside Python instead; "
               "pass --input FILE for a text of your own.")
         return None
@@ -52,8 +53,8 @@ def prepare(dataset="shakespeare", path=None, offline=False):
     except UnicodeDecodeError as e:
         fail(f"{source} is not UTF-8 text: byte {e.start} can't be decoded; convert it first")
     chars = sorted(set(text))
-    if len(text) < 10:
-        fail(f"{source} has {len(text)} characters: there is nothing to train on")
+    if len(text) < 10 or len(chars) < 2:
+        fail(f"{source} has {len(text)} characters, {len(chars)} distinct: there is nothing to learn")
     if len(chars) > 65_534:
         fail(f"{source} has {len(chars):,} distinct characters: uint16 tokens allow at most 65,534")
     ids = {c: i for i, c in enumerate(chars)}

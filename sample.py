@@ -14,7 +14,7 @@ import time
 import torch
 
 from config import Config, SampleConfig, fail, hardware, load, replace
-from data import Tokenizer
+from data import Tokenizer, load_weights
 from data import load as load_checkpoint
 from diffusion import PROCESSES
 
@@ -28,7 +28,7 @@ ckpt = load_checkpoint(path)
 trained = replace(Config(**ckpt["config"]), device=cfg.device, dtype=cfg.dtype)
 tokenizer = Tokenizer(ckpt["meta"])
 model = PROCESSES[trained.process](trained, tokenizer.V)
-model.load_state_dict(ckpt["model"])
+load_weights(model, ckpt["model"], path)
 model.to(cfg.device).eval()
 n_params = sum(p.numel() for p in model.parameters())
 print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, "
@@ -46,6 +46,9 @@ for name in settings.keys() - inspect.signature(model.sample).parameters.keys():
 
 pieces = re.split(r"\{(\d+)\}", cfg.text)               # text, n, text, n, ..., text
 ids, known = [], []
+if sum(map(int, pieces[1::2])) > trained.block_size:
+    fail(f"text asks for {sum(map(int, pieces[1::2]))} unknown tokens: this model writes up to "
+         f"{trained.block_size} at a time")
 for i, piece in enumerate(pieces):
     new = tokenizer.encode(piece) if i % 2 == 0 else [0] * int(piece)
     ids += new

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import prepare_shakespeare
 from config import Config, fail, hardware, load
-from data import Tokenizer, crops, load_bin, load_meta
+from data import Tokenizer, crops, load_bin, load_meta, load_weights
 from data import load as load_checkpoint
 from data import save as save_checkpoint
 from diffusion import PROCESSES, times
@@ -44,12 +44,13 @@ cfg = hardware(cfg)
 if cfg.gradient_accumulation_steps % world:
     fail(f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}, the micro-batches of a step "
          f"over all devices: it must be a multiple of the {world} processes")
-if cfg.device == "cuda":
-    cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    torch.cuda.set_device(cfg.device)
-    torch.set_float32_matmul_precision("high")
-if "RANK" in os.environ:
-    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in cfg.device else "gloo")
+on_cuda = "cuda" in cfg.device
+if on_cuda:
+    if world > 1:
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(torch.device(cfg.device).index or 0)
+if world > 1:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
 master = rank == 0
 
 
@@ -75,7 +76,7 @@ splits = {split: load_bin(cfg.dataset, split, V, T) for split in ("train", "val"
 
 def batch(split, *key):
     """Crops (B, T) on the device that depend on key alone; it seeds the noise and dropout to come, too."""
-    rng = np.random.default_rng(key)
+    rng = np.random.default_rng((0, *key))                                      # (1, *key) is for the times
     x0 = crops(splits[split], rng, B, T)
     torch.manual_seed(int(rng.integers(2 ** 63)))
     return to_device(x0)
@@ -83,8 +84,7 @@ def batch(split, *key):
 
 def to_device(tensor):
     """Copies to the device; on CUDA through pinned memory, so that the host need not wait."""
-    pinned = tensor.pin_memory() if "cuda" in cfg.device else tensor
-    return pinned.to(cfg.device, non_blocking=True)
+    return tensor.pin_memory().to(cfg.device, non_blocking=True) if on_cuda else tensor.to(cfg.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -93,16 +93,13 @@ def to_device(tensor):
 torch.manual_seed(cfg.seed)
 model = PROCESSES[cfg.process](cfg, V).to(cfg.device)
 counts = np.bincount(splits["train"][:10_000_000], minlength=V) + 1
-model.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))          # at first: the unigram model
+model.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))          # frequencies need no learning
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if all(p is not q for q in matrices)]
 optimizers = [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
               torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
                                 fused=True)]
-for optimizer in optimizers:
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
 step, best = 0, math.inf
 
 ckpt_path, model_path = os.path.join(cfg.out_dir, "ckpt.pt"), os.path.join(cfg.out_dir, "model.pt")
@@ -116,13 +113,13 @@ if cfg.init_from != "scratch":
                  f"pass --{name}={ckpt['config'][name]}")
     if any(ckpt["meta"].get(name) != meta.get(name) for name in ("tokenizer", "chars", "vocab_size")):
         fail(f"{path} was trained with another vocabulary than that of data/{cfg.dataset}")
-    model.load_state_dict(ckpt["model"])
-    ema.load_state_dict(ckpt.get("ema", ckpt["model"]))
+    load_weights(model, ckpt["model"], path)
+    load_weights(ema, ckpt.get("ema", ckpt["model"]), path)
     if cfg.init_from == "resume":
         if "optimizers" not in ckpt:
             fail(f"{path} has no optimizer state to resume from: pass --init_from={path}")
-        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
-            optimizer.load_state_dict(state)
+        for optimizer, state in zip(optimizers, ckpt["optimizers"]):            # the settings are this run's
+            optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
         step, best = ckpt["step"], ckpt["best"]
     elif cfg.eval_only:
         step = ckpt["step"]
@@ -132,8 +129,8 @@ if cfg.compile:
     model.compile()
 net = DistributedDataParallel(model) if world > 1 else model
 n_params = sum(p.numel() for p in model.parameters())
+name = torch.cuda.get_device_name(cfg.device) if on_cuda else f"{torch.get_num_threads()} threads"
 if master:
-    name = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{torch.get_num_threads()} threads"
     print(f"{cfg.process} diffusion on {cfg.device} ({name}) x {world}, {cfg.dtype}"
           f"{', compiled' if cfg.compile else ''}: {n_params / 1e6:.2f} M parameters, of these "
           f"{sum(p.numel() for p in matrices) / 1e6:.2f} M in the blocks")
@@ -153,7 +150,7 @@ def evaluate():
     means = torch.zeros(cfg.eval_iters, dtype=torch.float64)
     for i in range(rank, cfg.eval_iters, world):
         x0 = batch("val", i)
-        means[i] = ema.nelbo(x0, to_device(times(np.random.default_rng(i), 1, B)[0])).mean().item()
+        means[i] = ema.nelbo(x0, to_device(times(np.random.default_rng((1, i)), 1, B)[0])).mean().item()
     means = total(means)
     return means.mean().item(), means.std().item() / cfg.eval_iters ** 0.5
 
@@ -161,13 +158,14 @@ def evaluate():
 @torch.no_grad()
 def table():
     """What the model knows at each noise level, as text: one row for each t."""
-    lines, count = [], max(1, 8 // world)           # batches for each process
+    lines, n_batches = [], 8
     for t in (0.05, *(i / 10 for i in range(1, 10)), 0.95):
-        parts = [ema.measures(batch("val", rank + world * i), torch.full((B,), t, device=cfg.device))
-                 for i in range(count)]
-        row = total(torch.tensor([list(part.values()) for part in parts]).mean(0) / world)
-        lines += [f"{t:6.2f}" + "".join(f"{value:15.4f}" for value in row)]
-    return "\n".join(["     t" + "".join(f"{name:>15}" for name in parts[0]), *lines])
+        sums = torch.zeros(len(ema.MEASURES))
+        for i in range(rank, n_batches, world):
+            measures = ema.measures(batch("val", i), torch.full((B,), t, device=cfg.device))
+            sums += torch.tensor([float(measures[name]) for name in ema.MEASURES])
+        lines += [f"{t:6.2f}" + "".join(f"{value:15.4f}" for value in total(sums) / n_batches)]
+    return "\n".join(["     t" + "".join(f"{name:>15}" for name in ema.MEASURES), *lines])
 
 
 def report():
@@ -213,7 +211,7 @@ losses = []                              # of the steps since the last look, on 
 
 
 def check_losses():
-    """Mean loss of the steps since the last look; the one place in training that waits for the device."""
+    """Mean loss of the steps since the last look; waits for the device, so not done every step."""
     global losses
     if not losses:
         return math.nan
@@ -233,9 +231,9 @@ for number in (signal.SIGINT, signal.SIGTERM):
 started = time.time()
 if cfg.eval_only:
     report()
-    sys.exit(0)
-os.makedirs(cfg.out_dir, exist_ok=True)
-if master:                               # a resumed run keeps what was logged up to its step
+    cfg.max_iters = step                 # and no step more
+elif master:                             # a resumed run keeps what was logged up to its step
+    os.makedirs(cfg.out_dir, exist_ok=True)
     rows = []
     if step and os.path.exists(log_path):
         with open(log_path, newline="") as f:
@@ -243,14 +241,18 @@ if master:                               # a resumed run keeps what was logged u
     with open(log_path, "w", newline="") as f:
         csv.writer(f).writerows([["step", "train_loss", "val_nelbo", "se", "seconds"], *rows])
 
-bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master)
+# bfloat16 FLOP/s of a device, dense, from the data sheets; MFU is shown for these alone
+peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+peak_flops = next((flops for chip, flops in peaks.items() if on_cuda and chip in name), None)
+looked, looked_step = started, step
+bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master or cfg.eval_only)
 while step < cfg.max_iters:
     decay = (cfg.max_iters - step) / (0.6 * cfg.max_iters)
-    for optimizer in optimizers:
+    for optimizer, peak_lr in zip(optimizers, (cfg.learning_rate, cfg.adam_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1, (step + 1) / max(1, cfg.warmup_iters), decay)
+            group["lr"] = peak_lr * min(1, (step + 1) / max(1, cfg.warmup_iters), decay)
 
-    t = times(np.random.default_rng((cfg.seed, step)), A, B)
+    t = times(np.random.default_rng((1, cfg.seed, step)), A, B)
     model.train()
     loss = 0
     for m in range(rank, A, world):
@@ -269,16 +271,22 @@ while step < cfg.max_iters:
     losses.append(loss)
     step += 1
 
-    keep = min(cfg.ema_decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
-    for average, buffer in zip(ema.buffers(), model.buffers()):
-        average.copy_(buffer)
+    with torch.no_grad():
+        keep = min(cfg.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+        for average, buffer in zip(ema.buffers(), model.buffers()):
+            average.copy_(buffer)
 
     bar.update()
     if step % cfg.eval_interval == 0 or step == cfg.max_iters:
         report()
+        looked, looked_step = time.time(), step
     elif step % cfg.log_interval == 0:
-        bar.set_postfix_str(f"loss {check_losses():.3f}")
+        loss = check_losses()
+        rate = (step - looked_step) * A * B * T / (time.time() - looked)
+        mfu = f", MFU {rate * model.flops(T) / (peak_flops * world):.1%}" if peak_flops else ""
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{mfu}")
+        looked, looked_step = time.time(), step
     stop = total(stopping.clone())
     if stop.item():
         check_losses()

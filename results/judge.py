@@ -52,7 +52,7 @@ class Judge:
         share = {c: n / len(nats) for c, n in collections.Counter("".join(samples)).items()}
         top = max(share, key=share.get)
         return {"5-gram nats": sum(nats) / len(nats),
-                "real words": sum(w in self.words for w in words) / len(words),
+                "real words": sum(w in self.words for w in words) / max(1, len(words)),
                 "entropy": -sum(p * math.log(p) for p in share.values()),
                 "top share": share[top] / (self.frequency[top] / len(self.text))}
 
