@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -657,7 +658,9 @@ def test_a_stopped_torchrun_saves(here):
 
 
 def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here, capsys):
-    script("train.py", *SMALL, "--init_from=out/model.pt", "--out_dir=fine", "--max_iters=1",
+    shutil.copytree("data/text", "data/new")
+    shutil.copy("data/text/val.bin", "data/new/train.bin")
+    script("train.py", *SMALL, "--init_from=out/model.pt", "--dataset=new", "--out_dir=fine", "--max_iters=1",
            "--learning_rate=0.0", "--adam_lr=0.0", "--eval_interval=1")
     assert all(torch.equal(a, weights("out/model.pt")[k]) for k, a in weights("fine/ckpt.pt").items())
 

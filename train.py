@@ -181,8 +181,8 @@ def report():
     if not master:
         return
     seconds = f"{time.time() - started:.0f}"
-    tqdm.write(f"step {step}: val nelbo {nelbo:.4f} ± {se:.4f} nats/token, {unit}, "
-               f"train loss {mean_loss:.4f}, {seconds} s\n{rows}")
+    tqdm.write(f"step {step}: val nelbo {nelbo:.4f} ± {se:.4f} nats/token, {unit}"
+               + ("" if cfg.eval_only else f", train loss {mean_loss:.4f}, {seconds} s") + f"\n{rows}")
     if cfg.eval_only:
         return
     common = {"config": asdict(cfg), "meta": meta, "step": step, "nelbo": nelbo, "se": se}
@@ -193,9 +193,9 @@ def report():
     with open(log_path, "a", newline="") as f:
         csv.writer(f).writerow([step, f"{mean_loss:.4f}", f"{nelbo:.4f}", f"{se:.4f}", seconds])
     torch.manual_seed(0)
-    known = torch.zeros(1, T, dtype=torch.bool, device=cfg.device)
-    *_, (tokens, _) = ema.sample(known.long(), known, 64)
-    tqdm.write(f"{'-' * 80}\n{tokenizer.decode(tokens[0].tolist())}\n{'-' * 80}")
+    known = torch.zeros(4 if step == cfg.max_iters else 1, T, dtype=torch.bool, device=cfg.device)
+    *_, (tokens, _) = ema.sample(known.long(), known, T)
+    tqdm.write("\n".join(["-" * 80] + [tokenizer.decode(row) + "\n" + "-" * 80 for row in tokens.tolist()]))
 
 
 def save(common):
