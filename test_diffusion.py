@@ -770,7 +770,7 @@ def trained(request, text_dir):
     """What train.py prints, and the folder of a model of 64 channels after 400 steps."""
     os.chdir(text_dir)
     folder = f"trained-{request.param}"
-    if not os.path.exists("data/prose"):                                        # the sentences, without tables
+    if not os.path.exists("data/prose"):                                        # sentences, without tables
         text = re.sub(r"[^A-Za-z0-9 .,;:()'\n]+", " ", "\n".join(topics[name] for name in sorted(topics)))
         with open("prose.txt", "w") as f:
             f.write(re.sub(r"\s+", " ", text))
