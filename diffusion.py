@@ -195,7 +195,7 @@ class Embed(nn.Module):
     BINS = 64           # of logsnr, for the learned schedule
     OWN_EVERY = 4       # training rows that get a second look (self-conditioning)
     KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
-    UNIFORM = 0.2       # share of the schedule that is uniform: without it the clean end would starve
+    UNIFORM = 0.1       # share of the schedule that is uniform: without it the clean end would starve
     MEASURES = "noise share", "cross-entropy", "accuracy", "cosine", "magnitude"
 
     def __init__(self, cfg, V):

@@ -810,7 +810,7 @@ def test_a_trained_model_has_not_collapsed(here, trained):
     model = PROCESSES[ckpt["config"]["process"]](Config(**ckpt["config"]), ckpt["meta"]["vocab_size"]).eval()
     model.load_state_dict(ckpt["model"])
     if "cosine" in column:
-        assert column["accuracy"][0] > 0.98 and column["cosine"][0] > 0.98
+        assert column["accuracy"][0] > 0.95 and column["cosine"][0] > 0.95      # t = .05 destroys about 5 %
         assert all(abs(c - m) < 0.1 for c, m in zip(column["cosine"], column["magnitude"]))
         e = F.normalize(model.table(), dim=1)
         assert abs((e @ e.T - torch.eye(len(e))).mean()) < 0.05
