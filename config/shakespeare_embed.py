@@ -1,4 +1,4 @@
-# nanoGPT's baby GPT as a diffusion model on embeddings: 10.7 M parameters on Tiny Shakespeare, for one GPU.
+# nanoGPT's baby GPT as a diffusion model on embeddings: 11.6 M parameters on Tiny Shakespeare, for one GPU.
 #
 #     python train.py config/shakespeare_embed.py
 #

@@ -1,11 +1,11 @@
-# nanoGPT's baby GPT as a masked diffusion model: 10.7 M parameters on Tiny Shakespeare, for one GPU.
+# nanoGPT's baby GPT as a masked diffusion model: 11.6 M parameters on Tiny Shakespeare, for one GPU.
 #
 #     python train.py config/shakespeare_masked.py
 #     torchrun --nproc_per_node=2 train.py config/shakespeare_masked.py --gradient_accumulation_steps=2 \
 #         --batch_size=32
 #
-# 64 sequences x 256 characters = 16,384 tokens a step; 20,000 steps = 326 epochs of the 1.0 M characters: diffusion
-# models go on gaining from repeated data for hundreds of epochs (arXiv:2507.15857). Not yet run at this size.
+# 64 sequences x 256 characters = 16,384 tokens a step; 20,000 steps = 326 epochs of the 1.0 M characters:
+# diffusion models go on gaining from repeated data for hundreds of epochs (arXiv:2507.15857). Not yet run.
 out_dir = "out-shakespeare-masked"
 process = "masked"
 batch_size = 64

@@ -105,7 +105,8 @@ class MSE(Embed):
 
 
 VARIANTS = {"as it is": Embed, "no posterior": NoPosterior, "no first look": NoFirstLook,
-            "no self-conditioning": NoSelfConditioning, "uniform 1/4": MoreUniform, "known 0": Known0, "known 1/4": Known4,
+            "no self-conditioning": NoSelfConditioning, "uniform 1/4": MoreUniform,
+            "known 0": Known0, "known 1/4": Known4,
             "cosine": Cosine, "sqrt": Sqrt, "uniform": Uniform, "mse": MSE, "masked": diffusion.Masked}
 
 if __name__ == "__main__":
