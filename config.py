@@ -111,6 +111,17 @@ def fail(sentence):
     raise SystemExit(f"error: {sentence}")
 
 
+def assignments(path):
+    """Dict of what the config file at path assigns, but for names with _ in front; exits if it can't."""
+    if not os.path.isfile(path):
+        fail(f"there is no config file {path!r}; settings are given as --key=value")
+    try:
+        values = runpy.run_path(path)
+    except Exception as e:  # noqa: BLE001 (the file is the user's code)
+        fail(f"{path} can't be read as a config file: {type(e).__name__}: {e}")
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
 def load(cls, argv=None):
     """A cls (Config or SampleConfig) from defaults, then the config file in argv, if any, then the flags.
 
@@ -125,13 +136,7 @@ def load(cls, argv=None):
     while argv:
         word = argv.pop(0)
         if not word.startswith("--"):
-            if not os.path.isfile(word):
-                fail(f"there is no config file {word!r}; settings are given as --key=value")
-            try:
-                values = runpy.run_path(word)
-            except Exception as e:  # noqa: BLE001 (the file is the user's code)
-                fail(f"{word} can't be read as a config file: {type(e).__name__}: {e}")
-            from_file |= {k: v for k, v in values.items() if not k.startswith("_")}
+            from_file |= assignments(word)
             continue
         key, equals, text = word[2:].partition("=")
         if not equals:
