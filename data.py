@@ -20,7 +20,11 @@ class Tokenizer:
         self.chars = meta.get("chars")
         if self.chars is None:
             import tiktoken
-            self.bpe = tiktoken.get_encoding("gpt2")
+            try:
+                self.bpe = tiktoken.get_encoding("gpt2")
+            except OSError as e:                        # requests' errors are OSErrors
+                fail(f"GPT-2's byte pairs (1.5 MB) can't be downloaded ({type(e).__name__}): connect once, "
+                     "or set TIKTOKEN_CACHE_DIR to a folder that has them")
         else:
             self.ids = {c: i for i, c in enumerate(self.chars)}
 
@@ -81,16 +85,21 @@ def crops(tokens, rng, B, T):
     return torch.from_numpy(np.stack([tokens[i:i + T] for i in starts]).astype(np.int64))
 
 
+def replace_file(path, content):
+    """Writes bytes under a temporary name, then renames: there is the old file or the new one, never half."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(content)
+    os.replace(path + ".tmp", path)
+
+
 def write_dataset(dataset, train, val, meta):
-    """Writes uint16 arrays and meta.json into data/<dataset>, each under a temporary name, then renamed."""
+    """Writes uint16 arrays and meta.json into data/<dataset>."""
     folder = os.path.join("data", dataset)
     os.makedirs(folder, exist_ok=True)
     meta = meta | {"train_tokens": len(train), "val_tokens": len(val)}
-    for name, content in (("train.bin", train.tobytes()), ("val.bin", val.tobytes()),
-                          ("meta.json", json.dumps(meta, indent=1).encode())):
-        with open(os.path.join(folder, name + ".tmp"), "wb") as f:
-            f.write(content)
-        os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+    replace_file(os.path.join(folder, "train.bin"), train.tobytes())
+    replace_file(os.path.join(folder, "val.bin"), val.tobytes())
+    replace_file(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1).encode())
 
 
 def save(path, content):

@@ -2,8 +2,13 @@
 
     python -m pytest
 """
+import gzip
+import hashlib
+import http.server
+import io
 import itertools
 import json
+import lzma
 import math
 import os
 import re
@@ -12,6 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pydoc_data.topics import topics
 
@@ -547,6 +554,192 @@ def test_prepare_refuses_bad_text_and_writes_nothing(tmp_path, monkeypatch, cont
     with pytest.raises(SystemExit, match=words):
         script("prepare_shakespeare.py", "--input", "t.txt")
     assert not os.path.exists("data")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# many documents to BPE tokens: in this process, with small pieces of work, a large validation part, no pauses
+
+DOCUMENTS = [re.sub("\n\n\n+", "\n\n", topics[name][:1500]).strip() for name in sorted(topics)[:40]] + [
+    "ω<|endoftext|>ω"]
+
+
+@pytest.fixture
+def owt(tmp_path, monkeypatch):
+    """prepare_openwebtext as a module; docs.tar, an archive of five .xz archives of DOCUMENTS."""
+    if not (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")):
+        try:
+            Tokenizer({"vocab_size": 50257})
+        except SystemExit:
+            pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
+    import prepare_openwebtext
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"UNIT": 3000, "VAL_SHARE": 0.3, "KEEP_SECONDS": 0}.items():
+        monkeypatch.setattr(prepare_openwebtext, name, value)
+    with tarfile.open("docs.tar", "w") as outer:
+        for i in range(5):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w:xz") as tar:
+                for j, text in enumerate(DOCUMENTS[i::5]):
+                    add(tar, f"{j}.txt", text.encode())
+            add(outer, f"openwebtext/{i}_data.xz", inner.getvalue())
+    return prepare_openwebtext
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def bins(dataset):
+    """{split: its documents}, in the order they have in data/<dataset>."""
+    tokenizer = Tokenizer({"vocab_size": 50257})
+    with open(f"data/{dataset}/meta.json") as f:
+        meta, found = json.load(f), {}
+    for split in "train", "val":
+        tokens = np.fromfile(f"data/{dataset}/{split}.bin", np.uint16).tolist()
+        assert tokens[-1] == 50256 and meta[f"{split}_tokens"] == len(tokens)
+        ends = [i for i, token in enumerate(tokens) if token == 50256]
+        found[split] = [tokenizer.decode(tokens[i + 1:j]) for i, j in itertools.pairwise([-1, *ends])]
+        assert len(found[split]) == meta[f"{split}_documents"]
+    assert sorted(os.listdir(f"data/{dataset}")) == ["meta.json", "train.bin", "val.bin"]
+    return found
+
+
+def test_documents_of_every_kind_become_the_same_tokens(owt):
+    plain = "\n<|endoftext|>\n".join(DOCUMENTS).encode()
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in DOCUMENTS).encode()
+    os.makedirs("folder/deep")
+    for name, content in {"a.txt": plain, "b.txt.xz": lzma.compress(plain), "c.txt.gz": gzip.compress(plain),
+                          "d.jsonl": lines, "e.jsonl.gz": gzip.compress(lines), "folder/README": b"no",
+                          "folder/deep/f.jsonl.xz": lzma.compress(lines)}.items():
+        with open(name, "wb") as f:
+            f.write(content)
+    with tarfile.open("plain.tar.gz", "w:gz") as tar:
+        for i, text in enumerate(DOCUMENTS):
+            add(tar, f"{i}.txt", text.encode())
+    for path in "a.txt", "b.txt.xz", "c.txt.gz", "d.jsonl", "e.jsonl.gz", "folder", "plain.tar.gz", "docs.tar":
+        owt.prepare("x", [path])
+        found = bins("x")
+        if path != "docs.tar":
+            assert [text for text in DOCUMENTS if text in found["train"]] == found["train"]
+        # whatever the order, the same documents are for validation
+        assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS) and len(found["val"]) > 3
+        assert set(found["val"]) == {
+            text for text in DOCUMENTS
+            if int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) < 0.3 * 2 ** 64}
+    owt.prepare("x", ["docs.tar"], ["a.txt"])
+    assert sorted(bins("x")["train"]) == sorted(DOCUMENTS) and bins("x")["val"] == DOCUMENTS
+
+
+@pytest.mark.parametrize("path", ["docs.tar", "docs.jsonl"])
+def test_killed_at_any_time_it_ends_with_the_same_bytes(owt, path):
+    with open("docs.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    owt.prepare("whole", [path, path])
+    code = (f"import prepare_openwebtext as p\np.UNIT, p.VAL_SHARE, p.KEEP_SECONDS = 3000, 0.3, 0\n"
+            "tokenise, p.tokenise = p.tokenise, lambda *a: (p.time.sleep(0.05), tokenise(*a))[1]\n"
+            f"p.prepare('cut', ['{path}', '{path}'])")
+    journal, seen, kills = "data/cut/progress.json", None, 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": HERE},
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and kills < 3:         # killed whenever it has done more than before
+            if os.path.exists(journal):
+                with open(journal) as f:
+                    before, seen = seen, f.read()
+                if seen != before and before is not None:
+                    process.kill()
+                    kills += 1
+        process.wait()
+    assert kills == 3 and not os.path.exists(journal)
+    for name in "train.bin", "val.bin", "meta.json":
+        with open(f"data/cut/{name}", "rb") as a, open(f"data/whole/{name}", "rb") as b:
+            assert a.read() == b.read()
+
+
+def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with open("docs.tar", "rb") as f:
+                content = f.read()
+            at = int(self.headers["Range"][6:-1])
+            requests.append((self.path, at))
+            self.send_response(206 if self.path < "/21" else 404)
+            self.send_header("Content-Length", str(len(content) - at))
+            self.end_headers()
+            self.wfile.write(content[at:at + 9000])         # and no more: the connection ends early
+
+        def log_message(self, *_):
+            pass
+
+    owt.prepare("x", ["docs.tar"] * 21)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(owt, "URL", address + "/{:02d}.tar")
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        owt.prepare("y")
+        assert {at for path, at in requests if path == "/20.tar"} >= {0, 9000, 18000}
+        monkeypatch.setattr(owt, "URL", address + "/{:02d}.tar".replace("{", "2{"))
+        with pytest.raises(SystemExit, match="can't be read .download failed: HTTP Error 404"):
+            owt.prepare("z")
+        server.shutdown()
+    assert bins("y") == bins("x")
+
+
+def test_documents_that_cannot_be_read_are_named(owt, monkeypatch):
+    with open("docs.tar", "rb") as f:
+        archive = f.read()
+    second = archive.index(b"openwebtext/1_data.xz")
+    plain = lzma.compress(b"a b c " * 9000)
+    for name, content, words in [
+            ("boundary.tar", archive[:second], "cut short"),
+            ("header.tar", archive[:second + 100], "cut short"),
+            ("middle.tar", archive[:second + 1000], "unexpected end of data"),
+            ("damaged.tar", archive[:second] + b"x" * 512 + archive[second + 512:], "cut short or damaged"),
+            ("inner.tar", archive.replace(b"\xfd7zXZ", b"\xfd7zXY"), "can't be read"),
+            ("cut.txt.xz", plain[:-20], "can't be read"), ("not.jsonl.gz", plain, "can't be read"),
+            ("latin.txt", b"caf\xe9", "can't decode byte"),
+            ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', "bad.jsonl, line 2: not a JSON object"),
+            ("number.jsonl", b'{"text": 7}\n', "line 1: not a JSON object"),
+            ("empty.txt", b"", "no text for train.bin in 0 documents"),
+            ("one.txt", b"one text", "no text for (train|val).bin in 1 documents"),
+            ("some.doc", b"x", "neither a file .txt")]:
+        with open(name, "wb") as f:
+            f.write(content)
+        with pytest.raises(SystemExit, match=words):
+            owt.prepare("x", [name])
+        assert not os.path.exists("data/x/meta.json")
+        shutil.rmtree("data/x", ignore_errors=True)
+    os.mkdir("void")
+    for path in "void", "nowhere.txt":
+        with pytest.raises(SystemExit, match=f"{path} is neither"):
+            owt.prepare("x", [path])
+    # an interrupted run, and then other inputs
+    monkeypatch.setattr(owt, "tokenise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="interrupted; the same command"):
+        owt.prepare("x", ["docs.tar"])
+    with open("data/x/progress.json", "w") as f:
+        json.dump({"sources": []}, f)
+    with pytest.raises(SystemExit, match="unfinished run with other inputs"):
+        owt.prepare("x", ["docs.tar"])
+
+
+def test_a_full_disk_is_one_sentence_and_can_be_taken_up(owt):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    code = ("import prepare_openwebtext as p\np.UNIT, p.VAL_SHARE, p.KEEP_SECONDS = 3000, 0.3, 0\n"
+            "p.prepare('x', ['docs.tar'])")
+    settings = {"env": os.environ | {"PYTHONPATH": HERE}, "capture_output": True, "text": True}
+    full = subprocess.run([sys.executable, "-c", limit + code], check=False, **settings)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "data/x can't be written (File too large): make room" in full.stderr
+    assert not os.path.exists("data/x/train.bin")
+    subprocess.run([sys.executable, "-c", code], check=True, **settings)
+    owt.prepare("y", ["docs.tar"])
+    assert bins("x") == bins("y")
 
 
 def test_crops_and_times_of_a_step_are_drawn_apart(here, capsys):
