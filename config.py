@@ -176,6 +176,7 @@ def describe(cls):
 
 def hardware(cfg):
     """cfg with device, dtype and (where it has one) compile decided for this machine."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # huge pages on the CPU: bench.py, big vocabularies
     import torch
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":

@@ -193,9 +193,10 @@ class Embed(nn.Module):
     learned: equal pieces of t carry equal parts of the bound.
     """
     BINS = 64           # of logsnr, for the learned schedule
-    OWN_EVERY = 4       # training rows that get a second look (self-conditioning)
+    OWN_EVERY = 2       # training rows that get a second look (self-conditioning)
     KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
-    UNIFORM = 0.1       # share of the schedule that is uniform: without it the clean end would starve
+    RAMP = 0.1          # share of the schedule that only rises towards the clean end, which would starve
+    AHEAD = 2.0         # how far sampling steps lead the estimate's motion; 0: first order, 1: second
     MEASURES = "noise share", "cross-entropy", "accuracy", "cosine", "magnitude"
 
     def __init__(self, cfg, V):
@@ -219,9 +220,11 @@ class Embed(nn.Module):
         return self.D ** 0.5 * F.normalize(self.weight, dim=1)
 
     def flops(self, T):
-        """Of a training step, per token: forward, twice that backward, and the second look of some rows."""
-        head = 2 * self.head.weight.numel() + 8 * self.weight.numel()          # two posteriors, two estimates
-        return (3 + 1 / self.OWN_EVERY) * (self.net.flops(T) + head)
+        """Of a training step, per token: forward and twice that backward, a second look at some rows, and
+        the estimates: the first of all, of the second look, and of every 4th token for the schedule."""
+        forward = self.net.flops(T) + 2 * self.head.weight.numel() + 2 * self.weight.numel()
+        estimates = (2 + 1 / self.OWN_EVERY + 1 / 4) * 2 * self.weight.numel()
+        return (3 + 1 / self.OWN_EVERY) * forward + estimates
 
     # ---- the schedule
 
@@ -240,7 +243,8 @@ class Embed(nn.Module):
         self.sums.mul_(0.99).add_(total(self.fresh))
         self.fresh.zero_()
         mean = self.sums[0] / self.sums[1]
-        q = (1 - self.UNIFORM) * mean / mean.sum() + self.UNIFORM / self.BINS
+        ramp = torch.arange(1, self.BINS + 1, device=mean.device) ** 2
+        q = (1 - self.RAMP) * mean / mean.sum() + self.RAMP * ramp / ramp.sum()
         self.knots[1:] = q.cumsum(0) / q.sum()
 
     def integrand(self, x0, e0, logsnr):
@@ -254,15 +258,27 @@ class Embed(nn.Module):
         e, logsnr = self.table()[x0], self.logsnr(t)[:, None, None]
         return logsnr.sigmoid().sqrt() * e + (-logsnr).sigmoid().sqrt() * torch.randn_like(e)
 
-    def alone(self, xt, t):
-        """Logits (B, T, V) of the exact posterior of a token seen alone, when only its frequency is known."""
+    # A token seen alone, when only its frequency is known, has an exact posterior: of logits q E' + bias.
+
+    def query(self, xt, t):
+        """(B, T, D): alpha / sigma^2 xt."""
         logsnr = self.logsnr(t)[:, None, None]
-        return logsnr.sigmoid().sqrt() / (-logsnr).sigmoid() * xt @ self.table().T + self.bias
+        return logsnr.sigmoid().sqrt() / (-logsnr).sigmoid() * xt
+
+    @torch.no_grad()
+    def first(self, xt, t, known=None):
+        """e0 (B, T, D): the mean embedding under that posterior, which is attention over the table."""
+        q, E = self.query(xt, t).view(1, 1, -1, self.D), self.table()[None, None]
+        bias = self.bias.detach()[None, None, None]     # one that wants gradients would make this slow
+        return self.given(F.scaled_dot_product_attention(q, E, E, bias, scale=1.0).view_as(xt), xt, known)
+
+    def given(self, e0, xt, known):
+        """e0, but what xt holds where it is known."""
+        return e0 if known is None else torch.where(known[..., None], xt, e0)
 
     def estimate(self, logits, xt, known=None):
         """e0 (B, T, D): the mean embedding under the logits (B, T, V); where known, what xt holds."""
-        e0 = logits.softmax(-1).float() @ self.table()
-        return e0 if known is None else torch.where(known[..., None], xt, e0)
+        return self.given(logits.softmax(-1) @ self.table(), xt, known)
 
     def denoise(self, xt, t, sc=None, known=None):
         """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,).
@@ -271,19 +287,18 @@ class Embed(nn.Module):
         default that of each token alone. Where known (B, T) is True, xt holds the embedding itself, without
         noise. The network adds what the context tells to the exact posterior of the token alone.
         """
-        alone = self.alone(xt, t)
-        x = self.stem(xt) + self.stem_sc(self.estimate(alone, xt, known) if sc is None else sc)
+        x = self.stem(xt) + self.stem_sc(self.first(xt, t, known) if sc is None else sc)
         if known is not None:
             x = x + known[..., None] * self.stem_known
         high, low = self.edges[-1], self.edges[0]
         h = self.net(x, (high - self.logsnr(t)) / (high - low))
-        return self.head(h).float() + alone
+        alone = torch.addmm(self.bias, self.query(xt, t).flatten(0, 1), self.table().T)
+        return alone.view(*xt.shape[:2], self.V) + self.head(h).float()
 
     def forward(self, x0, t):
         """What training minimises: the mean cross-entropy of the unknown tokens."""
         B, T = x0.shape
         device, n = x0.device, self.OWN_EVERY
-        row = torch.arange(B, device=device)
         # in some rows a part is known: a beginning, or scattered tokens
         place = torch.where(torch.rand(B, 1, device=device) < 0.5,
                             torch.arange(T, device=device) / T, torch.rand(B, T, device=device))
@@ -292,14 +307,15 @@ class Embed(nn.Module):
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
         # some rows learn to use a better estimate than that of each token alone: their own
         with torch.no_grad():
-            own = self.estimate(self.denoise(xt[::n], t[::n], known=known[::n]), xt[::n], known[::n])
-        first = self.estimate(self.alone(xt, t), xt, known)
-        sc = torch.where((row % n == 0)[:, None, None], own[row // n], first)
-        logits = self.denoise(xt, t, sc=sc, known=known)
+            sc = self.first(xt, t, known)
+            own = self.estimate(self.denoise(xt[::n], t[::n], sc[::n], known[::n]), xt[::n], known[::n])
+            sc = sc.slice_scatter(own, step=n)
+        logits = self.denoise(xt, t, sc, known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():
-            i, whole = self.bin(t)[0], ~known.any(1)
-            cost = self.integrand(x0, self.estimate(logits, xt), self.logsnr(t)).mean(1)
+            i, whole = self.bin(t)[0], ~known.any(1)                            # every 4th token will do
+            e0 = self.estimate(logits[:, ::4], xt[:, ::4])
+            cost = self.integrand(x0[:, ::4], e0, self.logsnr(t)).mean(1)
             self.fresh.index_add_(1, i, torch.stack((cost * whole, whole.float())))
         return (nll * ~known).sum() / (~known).sum().clamp(min=1)
 
@@ -310,7 +326,8 @@ class Embed(nn.Module):
         them over logsnr, of which t is a sample with density q (VDM, arXiv:2107.00630, eq. 11 and 17).
         """
         prior = 0.5 * self.D * F.softplus(self.edges[0])                        # KL(q(z1|x0) || N(0, I))
-        clean = self.refined(x0, torch.zeros_like(t))[1].flatten(0, 1)
+        zero = torch.zeros_like(t)
+        clean = self.denoise(self.corrupt(x0, zero), zero).flatten(0, 1)
         nll = F.cross_entropy(clean, x0.flatten(), reduction="none").view(x0.shape)
         xt, logits = self.refined(x0, t)
         i = self.bin(t)[0]
@@ -344,19 +361,23 @@ class Embed(nn.Module):
         E = self.table()
         given = E[x.where(known, 0)]
         z = given.where(known[..., None], torch.randn_like(given))
-        sc = None
-        yield x.where(known, (z @ E.T).argmax(-1)), known.float()
+        sc = before = None
+        yield x.where(known, (z @ E.T + self.bias).argmax(-1)), known.float()
         grid = torch.tensor([SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
         logsnr = self.logsnr(grid)
         alpha, sigma = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
         for i in range(steps if not known.all() else 0):
             logits = self.denoise(z, grid[i].expand(len(z)), sc=sc, known=known)
             p = probabilities(logits, temperature, top_k, top_p)
-            sc = self.estimate(p.log(), z, known)
+            before, sc = sc, self.given(p @ E / p.sum(-1, keepdim=True), z, known)
+            e0 = sc
+            if before is not None:                      # goes on as it moved in the last step
+                e0 = sc + self.AHEAD / 2 * (sc - before) * (
+                    (logsnr[i + 1] - logsnr[i]) / (logsnr[i] - logsnr[i - 1]))
             # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
             noise = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
-            eps = (z - alpha[i] * sc) / sigma[i]
-            z = alpha[i + 1] * sc + (sigma[i + 1] ** 2 - noise).sqrt() * eps
+            eps = (z - alpha[i] * e0) / sigma[i]
+            z = alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - noise).sqrt() * eps
             z = given.where(known[..., None], z + noise.sqrt() * torch.randn_like(z))
             certainty, tokens = logits.softmax(-1).max(-1)
             yield x.where(known, tokens), certainty.where(~known, 1.0)

@@ -38,6 +38,8 @@ def attention(q, k, v):
 class Block(nn.Module):
     """Attention and MLP on the residual stream x (B, T, C), each shifted, scaled and gated by the time."""
 
+    attention = staticmethod(attention)                 # bench.py has a causal one
+
     def __init__(self, cfg):
         super().__init__()
         C = cfg.n_embd
@@ -54,7 +56,7 @@ class Block(nn.Module):
         qk = norm(torch.cat((q, k), dim=1))                                     # (B, 2H, T, C/H)
         a, b = qk.chunk(2, dim=-1)
         q, k = (qk * cos + torch.cat((-b, a), dim=-1) * sin).chunk(2, dim=1)
-        y = attention(q, k, v)
+        y = self.attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x, mod, cos, sin):
@@ -138,3 +140,17 @@ class Muon(torch.optim.Optimizer):
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(update), alpha=-lr)
+
+
+def configure_optimizers(model, cfg):
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    return [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
+            torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0, fused=True)]
+
+
+def peak_flops(chip):
+    """Dense bfloat16 FLOP/s that the chip's data sheet promises, or None for a chip that isn't listed here."""
+    peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+    return next((flops for name, flops in peaks.items() if name in chip), None)

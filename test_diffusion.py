@@ -107,6 +107,7 @@ def set_schedule(model, name):
     model.adapt(lambda tensor: tensor)
 
 
+@torch.no_grad()
 def mean_bound(model, x0, repeats=1):
     """Mean nelbo of x0 and its standard error over stratified batches of 64."""
     means = [model.nelbo(part, times(np.random.default_rng(i), 1, len(part))[0]).mean()
@@ -809,38 +810,69 @@ def test_stop_and_resume_is_bit_identical(here, process, capsys):
             == [row.split(",")[:4:2] for row in logs[1].split()])
 
 
-def torchrun(n, *flags):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-                           f"--master_port={29500 + os.getpid() % 1000}",
-                           os.path.join(HERE, "train.py"), *flags],
-                          capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def torchrun(n, *flags, node=0, nodes=1):
+    """Starts train.py on n processes of one of several nodes, all of them on this machine."""
+    port = 29500 + os.getpid() % 1000
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--nnodes={nodes}",
+         f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
+         os.path.join(HERE, "train.py"), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finish(*runs):
+    for run in runs:
+        _, err = run.communicate(timeout=200)
+        assert run.returncode == 0, err[-2000:]
+
+
+def differ(a, b):
+    """The greatest difference of two checkpoints' weights."""
+    a, b = load_checkpoint(f"{a}/ckpt.pt"), load_checkpoint(f"{b}/ckpt.pt")
+    assert a["step"] == b["step"]
+    return max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"])
 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_run_does_not_depend_on_the_number_of_processes(here, process):
-    flags = [*SMALL, f"--process={process}", "--gradient_accumulation_steps=4", "--eval_iters=4",
-             "--dropout=0.1", "--warmup_iters=50"]
+    flags = [*SMALL, f"--process={process}", "--gradient_accumulation_steps=12", "--batch_size=4",
+             "--eval_iters=4", "--dropout=0.1", "--warmup_iters=50"]
     script("train.py", *flags, "--out_dir=one")
-    one = load_checkpoint("one/ckpt.pt")
-    for n in 2, 4:
-        run = torchrun(n, *flags, f"--out_dir=many{n}")
-        assert run.returncode == 0, run.stderr[-2000:]
-        many = load_checkpoint(f"many{n}/ckpt.pt")
-        worst = max(float((one["model"][k] - many["model"][k]).abs().max()) for k in one["model"])
-        assert worst < 1e-5, f"{n} processes: {worst}"
-        assert abs(one["best"] - many["best"]) < 1e-4
-    run = torchrun(3, *flags)
-    assert run.returncode != 0 and "multiple of the 3 processes" in run.stderr
+    finish(torchrun(2, *flags, "--out_dir=two"))
+    finish(torchrun(3, *flags, "--out_dir=three"))
+    finish(*(torchrun(2, *flags, "--out_dir=nodes", node=node, nodes=2) for node in (0, 1)))
+    # checkpoints from 4 processes resume on 1, and the other way round; warm-up alone decides these steps
+    finish(torchrun(4, *flags, "--out_dir=down", "--max_iters=4"))
+    script("train.py", *flags, "--out_dir=down", "--init_from=resume")
+    script("train.py", *flags, "--out_dir=up", "--max_iters=4")
+    finish(torchrun(4, *flags, "--out_dir=up", "--init_from=resume"))
+    for name in "two", "three", "nodes", "down", "up":
+        assert differ("one", name) < 1e-5, name
+        assert abs(load_checkpoint("one/ckpt.pt")["best"] - load_checkpoint(f"{name}/ckpt.pt")["best"]) < 1e-4
+    run = torchrun(5, *flags)
+    assert "multiple of the 5 processes" in run.communicate()[1] and run.returncode != 0
+
+
+def test_a_killed_process_ends_the_job_which_resumes(here):
+    flags = [*SMALL, "--gradient_accumulation_steps=2", "--max_iters=100000", "--out_dir=killed"]
+    run = torchrun(2, *flags)
+    while not os.path.exists("killed/ckpt.pt"):
+        assert run.poll() is None
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in err
+    assert "lost another process of this run; when the cause is mended, --init_from=resume goes on" in err
+    assert "[rank0]:   File" not in err                     # no traceback of ours
+    step = load_checkpoint("killed/ckpt.pt")["step"]
+    finish(torchrun(2, *flags, "--init_from=resume", f"--max_iters={step + 3}"))
+    assert load_checkpoint("killed/ckpt.pt")["step"] == step + 3
 
 
 def test_a_stopped_torchrun_saves(here):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               f"--master_port={29500 + (os.getpid() + 7) % 1000}", os.path.join(HERE, "train.py"), *SMALL,
-               "--gradient_accumulation_steps=2", "--max_iters=100000", "--eval_interval=100000",
-               "--out_dir=stopped"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = torchrun(2, *SMALL, "--gradient_accumulation_steps=2", "--max_iters=100000",
+                   "--eval_interval=100000", "--out_dir=stopped")
     while "stopped" not in os.listdir():
         assert run.poll() is None
         time.sleep(0.2)

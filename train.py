@@ -31,7 +31,7 @@ from data import Tokenizer, crops, load_bin, load_meta, load_weights
 from data import load as load_checkpoint
 from data import save as save_checkpoint
 from diffusion import PROCESSES, times
-from model import Muon
+from model import configure_optimizers, peak_flops
 
 sys.stdout.reconfigure(line_buffering=True)
 cfg = load(Config)
@@ -54,6 +54,18 @@ if world > 1:
 master = rank == 0
 
 
+def explain(kind, error, trace):
+    """What happens to an error that nobody catches: one sentence where another process was lost."""
+    if world > 1 and isinstance(error, RuntimeError) and "peer" in str(error):
+        print(f"error: process {rank} lost another process of this run; when the cause is mended, "
+              f"--init_from=resume goes on from the last checkpoint in {cfg.out_dir}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = explain
+
+
 def total(tensor):
     """The sum of a tensor over all processes."""
     if world > 1:
@@ -71,7 +83,8 @@ if world > 1:
 meta = load_meta(cfg.dataset)
 tokenizer = Tokenizer(meta)
 V, B, T, A = tokenizer.V, cfg.batch_size, cfg.block_size, cfg.gradient_accumulation_steps
-splits = {split: load_bin(cfg.dataset, split, V, T) for split in ("train", "val")}
+n_ids = meta["vocab_size"]                                                      # V, if not padded
+splits = {split: load_bin(cfg.dataset, split, n_ids, T, look=master) for split in ("train", "val")}
 
 
 def batch(split, *key):
@@ -92,14 +105,11 @@ def to_device(tensor):
 
 torch.manual_seed(cfg.seed)
 model = PROCESSES[cfg.process](cfg, V).to(cfg.device)
-counts = np.bincount(splits["train"][:10_000_000], minlength=V) + 1
-model.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))          # frequencies need no learning
+counts = np.bincount(splits["train"][:10_000_000], minlength=n_ids) + 1
+model.bias.data.fill_(-1e30)                                                    # ids of padding: never
+model.bias.data[:n_ids] = torch.from_numpy(np.log(counts / counts.sum()))       # frequencies need no learning
 ema = copy.deepcopy(model).eval().requires_grad_(False)
-matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
-others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-optimizers = [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
-              torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
-                                fused=True)]
+optimizers = configure_optimizers(model, cfg)
 step, best = 0, math.inf
 
 ckpt_path, model_path = os.path.join(cfg.out_dir, "ckpt.pt"), os.path.join(cfg.out_dir, "model.pt")
@@ -133,7 +143,7 @@ name = torch.cuda.get_device_name(cfg.device) if on_cuda else f"{torch.get_num_t
 if master:
     print(f"{cfg.process} diffusion on {cfg.device} ({name}) x {world}, {cfg.dtype}"
           f"{', compiled' if cfg.compile else ''}: {n_params / 1e6:.2f} M parameters, of these "
-          f"{sum(p.numel() for p in matrices) / 1e6:.2f} M in the blocks")
+          f"{sum(p.numel() for p in model.net.blocks.parameters()) / 1e6:.2f} M in the blocks")
     n_train, n_step = len(splits["train"]), A * B * T
     print(f"data/{cfg.dataset}: {n_train:,} tokens to train on, {len(splits['val']):,} to validate, "
           f"vocabulary {V:,}; source: {meta['source']}")
@@ -194,7 +204,7 @@ def report():
         csv.writer(f).writerow([step, f"{mean_loss:.4f}", f"{nelbo:.4f}", f"{se:.4f}", seconds])
     torch.manual_seed(0)
     known = torch.zeros(4 if step == cfg.max_iters else 1, T, dtype=torch.bool, device=cfg.device)
-    *_, (tokens, _) = ema.sample(known.long(), known, T)
+    *_, (tokens, _) = ema.sample(known.long(), known, min(T, 128))
     tqdm.write("\n".join(["-" * 80] + [tokenizer.decode(row) + "\n" + "-" * 80 for row in tokens.tolist()]))
 
 
@@ -241,9 +251,7 @@ elif master:                             # a resumed run keeps what was logged u
     with open(log_path, "w", newline="") as f:
         csv.writer(f).writerows([["step", "train_loss", "val_nelbo", "se", "seconds"], *rows])
 
-# bfloat16 FLOP/s of a device, dense, from the data sheets; MFU is shown for these alone
-peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-peak_flops = next((flops for chip, flops in peaks.items() if on_cuda and chip in name), None)
+peak = peak_flops(name) if on_cuda else None
 looked, looked_step = started, step
 bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master or cfg.eval_only)
 while step < cfg.max_iters:
@@ -284,7 +292,7 @@ while step < cfg.max_iters:
     elif step % cfg.log_interval == 0:
         loss = check_losses()
         rate = (step - looked_step) * A * B * T / (time.time() - looked)
-        mfu = f", MFU {rate * model.flops(T) / (peak_flops * world):.1%}" if peak_flops else ""
+        mfu = f", MFU {rate * model.flops(T) / (peak * world):.1%}" if peak else ""
         bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{mfu}")
         looked, looked_step = time.time(), step
     stop = total(stopping.clone())
