@@ -22,7 +22,7 @@ from data import crops, load_bin, load_meta
 from diffusion import Embed, Masked, times
 from model import configure_optimizers, peak_flops
 
-ROUNDS, ROUND_SECONDS = 9, 0.5              # each round of each model: as many steps as fit, at least one
+ROUNDS, ROUND_SECONDS = 9, 0.3              # each round of each model: as many steps as fit, at least one
 
 
 def causal_attention(q, k, v):
@@ -106,9 +106,10 @@ else:
     tokens = load_bin(cfg.dataset, "train", V, cfg.block_size)
 A, B, T = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
 n_step = A * B * T
-chip = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
-print(f"{chip}, torch {torch.__version__}, {cfg.dtype}{', compiled' if cfg.compile else ''}; {cfg.n_layer} layers "
-      f"x {cfg.n_embd}, V = {V:,}; a step is {A} x {B} x {T} = {n_step:,} tokens")
+cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+chip = torch.cuda.get_device_name() if on_cuda else cores
+print(f"{chip}, torch {torch.__version__}, {cfg.dtype}{', compiled' if cfg.compile else ''}; {cfg.n_layer} "
+      f"layers x {cfg.n_embd}, V = {V:,}; a step is {A} x {B} x {T} = {n_step:,} tokens")
 
 trainers, memory = {}, {}
 for name, kind in {"masked": Masked, "embed": Embed, "causal GPT": Causal}.items():

@@ -147,10 +147,11 @@ def configure_optimizers(model, cfg):
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     return [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
-            torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0, fused=True)]
+            torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
+                              fused=True)]
 
 
 def peak_flops(chip):
-    """Dense bfloat16 FLOP/s that the chip's data sheet promises, or None for a chip that isn't listed here."""
+    """Dense bfloat16 FLOP/s of a chip's data sheet, or None for a chip that isn't listed here."""
     peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
     return next((flops for name, flops in peaks.items() if name in chip), None)

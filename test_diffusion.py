@@ -619,7 +619,8 @@ def test_documents_of_every_kind_become_the_same_tokens(owt):
     with tarfile.open("plain.tar.gz", "w:gz") as tar:
         for i, text in enumerate(DOCUMENTS):
             add(tar, f"{i}.txt", text.encode())
-    for path in "a.txt", "b.txt.xz", "c.txt.gz", "d.jsonl", "e.jsonl.gz", "folder", "plain.tar.gz", "docs.tar":
+    for path in ("a.txt", "b.txt.xz", "c.txt.gz", "d.jsonl", "e.jsonl.gz", "folder", "plain.tar.gz",
+                 "docs.tar"):
         owt.prepare("x", [path])
         found = bins("x")
         if path != "docs.tar":
@@ -741,6 +742,30 @@ def test_a_full_disk_is_one_sentence_and_can_be_taken_up(owt):
     subprocess.run([sys.executable, "-c", code], check=True, **settings)
     owt.prepare("y", ["docs.tar"])
     assert bins("x") == bins("y")
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_byte_pairs_train_and_padding_is_never_sampled(owt, process, capsys):
+    owt.prepare("openwebtext", ["docs.tar"])
+    ran = script("train.py", *SMALL, "--dataset=openwebtext", f"--process={process}", "--eval_iters=2",
+                 "--max_iters=2", "--batch_size=2", "--block_size=16", "--n_layer=1")
+    model, out = ran["ema"], capsys.readouterr().out
+    assert model.V == 50304 and "perplexity <= " in out and "source: docs.tar" in out
+    known = torch.zeros(16, 16, dtype=torch.bool)
+    for temperature in 1.0, 1e6:                            # nearly uniform over the ids that are left
+        *_, (x, _) = model.sample(known.long(), known, 4, temperature=temperature)
+        assert x.max() < 50257
+    assert process == "embed" or (x.max() > 45_000 and len(x.unique()) > 200)
+    script("sample.py", "--text=The {3} of", "--num_samples=2", "--steps=2")
+    assert capsys.readouterr().out.count("The") == 2
+
+
+def test_bench_measures_both_processes_beside_a_gpt(here, capsys):
+    script("bench.py", *SMALL)
+    out = capsys.readouterr().out
+    for name in "masked", "embed", "causal GPT":
+        assert re.search(rf"^{name} +\d+\.\d +\d+\.\d-\d+\.\d +[\d,]+ +\d\.\d{{3}}", out, re.MULTILINE), out
+    assert re.search(r"embed sampling, 32 steps, tokens/s: [\d,]+ for batch 1, [\d,]+ for batch 32", out)
 
 
 def test_crops_and_times_of_a_step_are_drawn_apart(here, capsys):

@@ -1,0 +1,36 @@
+# Masked diffusion of GPT-2's size on OpenWebText: 85 M parameters in the blocks, 166 M in all.
+#
+#     python prepare_openwebtext.py                                       # once: 18 GB in data/openwebtext
+#     torchrun --nproc_per_node=3 train.py config/owt_masked.py
+#     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py config/owt_masked.py \
+#         --gradient_accumulation_steps=48 --batch_size=10                # and node_rank 1 on the other one
+#
+# A step is 480 sequences x 1,024 tokens = 491,520 tokens, in 120 micro-batches, which divide over 1, 2, 3, 4,
+# 5, 6, 8, 10 and 12 GPUs. Fewer, larger micro-batches of the same 480 sequences are faster where memory
+# allows: --batch_size=16 --gradient_accumulation_steps=30 on 1, 2 or 3 GPUs, 20 and 24 on 8.
+# Length: 200,000 steps = 98 G tokens = 11 epochs of 9.0 G tokens.
+#
+# By arithmetic, none of it measured yet (bench.py measures):
+# - work: 739 MFLOP a token, 7.3e19 in all. At 40 % of the 989 TFLOP/s of an H100 or H200: 2.1 days on one,
+#   0.7 on 3, 0.3 on 8. An A100 takes 3.2 times as long.
+# - learning rates: those of the small models in results/bpe.md, not tuned at this size.
+# - memory: weights, gradients and average 2.0 GB, momenta 1.0 GB, DDP's copy of the gradients 0.7 GB; about
+#   0.4 GB of activations for each sequence of a micro-batch: 5 GB with micro-batches of 4, 10 with 16.
+out_dir = "out-owt-masked"
+dataset = "openwebtext"
+process = "masked"
+batch_size = 4
+gradient_accumulation_steps = 120
+block_size = 1024
+n_layer = 12
+n_head = 12
+n_embd = 768
+learning_rate = 0.01
+adam_lr = 0.002
+max_iters = 200_000
+warmup_iters = 300
+eval_interval = 2_000
+eval_iters = 200
+ema_decay = 0.9999
+dtype = "bfloat16"
+compile = True
