@@ -253,18 +253,22 @@ def test_bound_of_one_batch_varies_less_with_stratified_times():
     assert abs(torch.stack(stratified).mean() - torch.stack(independent).mean()) < 0.1
 
 
-def test_head_at_masked_positions_gives_the_loss_and_gradients_of_the_full_head():
+@pytest.mark.parametrize("what", ["bound", "loss"])
+def test_head_at_masked_positions_gives_the_loss_and_gradients_of_the_full_head(what):
     model = build("masked", 11)
     x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
     torch.manual_seed(1)
-    model(x0, t).backward()
-    short = [p.grad.clone() for p in model.parameters()]
+    short = model(x0, t) if what == "loss" else model.nelbo(x0, t).mean()
+    short.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch.manual_seed(1)
     xt, k = model.corrupt(x0, t), model.count(t, 32)
-    nll = F.cross_entropy(model.denoise(xt, k / 32).transpose(1, 2), x0, reduction="none")
-    ((nll * (xt == 11)).sum(1) / k).mean().backward()
-    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(short, model.parameters()))
+    nll = F.cross_entropy(model.denoise(xt, k / 32).transpose(1, 2), x0, reduction="none") * (xt == 11)
+    full = nll.sum() / (8 * 33 / 2) if what == "loss" else (nll.sum(1) / k).mean()
+    full.backward()
+    assert abs(float(full - short)) < 1e-5
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(gradients, model.parameters()))
 
 
 def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number():
@@ -277,7 +281,7 @@ def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number()
     assert abs(float(model(x0, t) - eager)) < 1e-4
     model(x0, t).backward()
     assert model.state_dict().keys() == build("masked", 11).state_dict().keys()
-    assert torch.isnan(model(x0, torch.full((8,), 0.9)))
+    assert torch.isnan(model(x0, torch.full((8,), 0.9)))                        # no pairs: no wrong number
 
 
 # ------------------------------------------------------------------------------------------------------------

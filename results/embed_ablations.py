@@ -24,19 +24,14 @@ class NoPosterior(Embed):
     """The network has to learn what a token alone tells, too (it still sees the estimate at its input)."""
 
     def denoise(self, xt, t, sc=None, known=None):
-        return super().denoise(xt, t, sc, known) - self.alone(xt, t) + self.bias
+        return super().denoise(xt, t, sc, known) - self.query(xt, t) @ self.table().T
 
 
 class NoFirstLook(Embed):
     """Self-conditioning starts from zeros, not from the estimate of each token alone."""
 
-    def alone(self, xt, t):
-        self.seen = super().alone(xt, t)
-        return self.seen
-
-    def estimate(self, logits, xt, known=None):
-        e0 = super().estimate(logits, xt, known)
-        return torch.zeros_like(e0) if logits is self.seen else e0
+    def first(self, xt, t, known=None):
+        return self.given(torch.zeros_like(xt), xt, known)
 
 
 class NoSelfConditioning(Embed):
@@ -47,8 +42,17 @@ class NoSelfConditioning(Embed):
         return super().denoise(xt, t, None, known)
 
 
-class MoreUniform(Embed):
-    UNIFORM = 0.25
+class MoreRamp(Embed):
+    RAMP = 0.25
+
+
+class OwnEvery4(Embed):
+    OWN_EVERY = 4
+
+
+class FirstOrder(Embed):
+    """Sampling steps that take the estimate as it is."""
+    AHEAD = 0.0
 
 
 class Known0(Embed):
@@ -105,8 +109,8 @@ class MSE(Embed):
 
 
 VARIANTS = {"as it is": Embed, "no posterior": NoPosterior, "no first look": NoFirstLook,
-            "no self-conditioning": NoSelfConditioning, "uniform 1/4": MoreUniform,
-            "known 0": Known0, "known 1/4": Known4,
+            "no self-conditioning": NoSelfConditioning, "own every 4": OwnEvery4,
+            "ramp 1/4": MoreRamp, "first order": FirstOrder, "known 0": Known0, "known 1/4": Known4,
             "cosine": Cosine, "sqrt": Sqrt, "uniform": Uniform, "mse": MSE, "masked": diffusion.Masked}
 
 if __name__ == "__main__":
