@@ -213,7 +213,7 @@ class Embed(nn.Module):
         self.V, self.D = V, D
         self.weight = nn.Parameter(torch.randn(V, D))
         self.stem, self.stem_sc = Linear(D, C, zero=True), Linear(D, C)
-        self.stem_known = nn.Parameter(torch.zeros(C))
+        self.stem_known = nn.Embedding(2, C)            # a vector for unknown places, one for known ones
         self.net = Transformer(cfg)
         self.head = Linear(C, V)
         self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
@@ -276,7 +276,7 @@ class Embed(nn.Module):
     @torch.no_grad()
     def first(self, xt, t, known=None):
         """e0 (B, T, D): the mean embedding under that posterior, which is attention over the table."""
-        q, E = self.query(xt, t).view(1, 1, -1, self.D), self.table()[None, None]
+        q, E = self.query(xt, t).reshape(1, 1, -1, self.D), self.table()[None, None]
         bias = self.bias.detach()[None, None, None]     # one that wants gradients would make this slow
         return self.given(F.scaled_dot_product_attention(q, E, E, bias, scale=1.0).view_as(xt), xt, known)
 
@@ -295,9 +295,11 @@ class Embed(nn.Module):
         default that of each token alone. Where known (B, T) is True, xt holds the embedding itself, without
         noise. The network adds what the context tells to the exact posterior of the token alone.
         """
-        x = self.stem(xt) + self.stem_sc(self.first(xt, t, known) if sc is None else sc)
-        if known is not None:
-            x = x + known[..., None] * self.stem_known
+        # the network normalises its input: without a vector that is always there, it couldn't see how long,
+        # that is how sure, an estimate is
+        given = torch.zeros_like(xt[..., 0], dtype=torch.long) if known is None else known.long()
+        x = self.stem(xt) + self.stem_known(given)
+        x = x + self.stem_sc(self.first(xt, t, known) if sc is None else sc)
         high, low = self.edges[-1], self.edges[0]
         h = self.net(x, (high - self.logsnr(t)) / (high - low))
         alone = torch.addmm(self.bias, self.query(xt, t).flatten(0, 1), self.table().T)

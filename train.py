@@ -168,7 +168,7 @@ def evaluate():
 @torch.no_grad()
 def table():
     """What the model knows at each noise level, as text: one row for each t."""
-    lines, n_batches = [], 2
+    lines, n_batches = [], max(1, cfg.eval_iters // 8)
     for t in (0.05, *(i / 10 for i in range(1, 10)), 0.95):
         sums = torch.zeros(len(ema.MEASURES))
         for i in range(rank, n_batches, world):
