@@ -23,7 +23,6 @@ import re
 import shutil
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections import deque
@@ -255,7 +254,8 @@ def prepare(dataset="openwebtext", inputs=(), val=()):
     need, free = need + (0 if inputs else 18.1), shutil.disk_usage(folder).free / 1e9
     print(f"{folder}: {len(sources)} files to read; the tokens take about {need:.2f} GB of {free:.1f} free")
     try:
-        write(folder, sources, done)
+        if done["source"] < len(sources):       # else it was stopped in finish(), the .tmp files may be gone
+            write(folder, sources, done)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here")
     except OSError as e:

@@ -664,6 +664,24 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(owt, path):
             assert a.read() == b.read()
 
 
+def test_stopped_between_renames_it_is_finished_by_the_next_run(owt, monkeypatch):
+    owt.prepare("whole", ["docs.tar"])
+    replace = os.replace
+
+    def stop(source, target):
+        if target.endswith("val.bin"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        owt.prepare("cut", ["docs.tar"])
+    assert not os.path.exists("data/cut/meta.json") and os.path.exists("data/cut/train.bin")
+    monkeypatch.setattr(os, "replace", replace)
+    owt.prepare("cut", ["docs.tar"])
+    assert bins("cut") == bins("whole")
+
+
 def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
     requests = []
 
