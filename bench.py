@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, hardware, load
-from data import crops, load_bin, load_meta
+from data import Tokenizer, crops, load_bin, load_meta
 from diffusion import Embed, Masked, times
 from model import configure_optimizers, peak_flops
 
@@ -100,10 +100,10 @@ class Trainer:
 cfg = hardware(load(Config))
 on_cuda = "cuda" in cfg.device
 if cfg.dataset == "synthetic":
-    V, tokens = 50257, np.random.default_rng(0).integers(0, 50257, 2 ** 20).astype(np.uint16)
+    V, tokens = 50304, np.random.default_rng(0).integers(0, 50257, 2 ** 20).astype(np.uint16)
 else:
-    V = load_meta(cfg.dataset)["vocab_size"]
-    tokens = load_bin(cfg.dataset, "train", V, cfg.block_size)
+    meta = load_meta(cfg.dataset)
+    V, tokens = Tokenizer(meta).V, load_bin(cfg.dataset, "train", meta["vocab_size"], cfg.block_size)
 A, B, T = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
 n_step = A * B * T
 cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"

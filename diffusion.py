@@ -297,8 +297,8 @@ class Embed(nn.Module):
         """
         # the network normalises its input: without a vector that is always there, it couldn't see how long,
         # that is how sure, an estimate is
-        given = torch.zeros_like(xt[..., 0], dtype=torch.long) if known is None else known.long()
-        x = self.stem(xt) + self.stem_known(given)
+        place = torch.zeros_like(xt[..., 0], dtype=torch.long) if known is None else known.long()
+        x = self.stem(xt) + self.stem_known(place)
         x = x + self.stem_sc(self.first(xt, t, known) if sc is None else sc)
         high, low = self.edges[-1], self.edges[0]
         h = self.net(x, (high - self.logsnr(t)) / (high - low))
@@ -323,8 +323,8 @@ class Embed(nn.Module):
         logits = self.denoise(xt, t, sc, known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():
-            i, whole = self.bin(t)[0], ~known.any(1)                            # every 4th token will do
-            e0 = self.estimate(logits[:, ::4], xt[:, ::4])
+            i, whole = self.bin(t)[0], ~known.any(1)
+            e0 = self.estimate(logits[:, ::4], xt[:, ::4])                      # every 4th token will do
             cost = self.integrand(x0[:, ::4], e0, self.logsnr(t)).mean(1)
             self.fresh.index_add_(1, i, torch.stack((cost * whole, whole.float())))
         return (nll * ~known).sum() / (~known).sum().clamp(min=1)
