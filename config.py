@@ -59,16 +59,24 @@ class SampleConfig:
     """Settings of sample.py."""
     out_dir: str = "out"                    # loads out_dir/model.pt
     text: str = ""                          # what is given, with {n} for n unknown tokens; '': all unknown
+    prompt_file: str = ""                   # a file to read text from
+    edit: str = ""                          # text, or a file of it, to noise and denoise: it is rewritten
+    noise: float = 0.5                      # of edit: how far, from near 0 (hardly) to 1 (nothing is left)
+    length: int = 0                         # tokens; 0: a block. Beyond it, windows with half a block known
     num_samples: int = 4
-    steps: int = 128                        # network calls; masked: at most one for each unknown token
+    steps: int = 128                        # network calls a block; masked: at most one an unknown token
     seed: int = 1337
     temperature: float = 1.0                # below 1: more likely text; 0: always the likeliest token
     top_k: int = 0                          # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0                      # draw from the fewest tokens that hold this share of probability
     schedule: str = "linear"                # grid of t: linear, cosine, squared_cosine, exponential
+    guidance: float = 0.0                   # above 0: follow the text more closely; a second call each step
     order: str = "random"                   # of masked: random, confidence, margin, entropy
+    threshold: float = 1.0                  # of masked: a step also reveals all tokens surer than this
+    remask: float = 0.0                     # of masked: share of revealed tokens that a step takes back
     eta: float = 1.0                        # of embed: from 0 (deterministic) to 1 (ancestral)
     watch: bool = False                     # play it in the terminal
+    svg: str = ""                           # a file to write the first sample to, as an animation
     device: str = "auto"                    # as in train.py
     dtype: str = "auto"
 
@@ -82,12 +90,13 @@ RULES = {                                   # what a value must be: a test of it
         "n_embd", "embed_dim", "steps", "num_samples")),
     "0 or more and finite": (lambda v: 0 <= v < 2 ** 62, (
         "max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate", "adam_lr", "seed",
-        "temperature", "top_k")),
+        "temperature", "top_k", "guidance")),
+    "from 0 to a million": (lambda v: 0 <= v <= 10 ** 6, ("length",)),
     "at least 2, for a standard error": (lambda v: v >= 2, ("eval_iters",)),
     "even, since times come in pairs t, 1 - t": (lambda v: v >= 2 and v % 2 == 0, ("batch_size",)),
-    "in [0, 1)": (lambda v: 0 <= v < 1, ("dropout", "ema_decay", "beta1", "beta2")),
+    "in [0, 1)": (lambda v: 0 <= v < 1, ("dropout", "ema_decay", "beta1", "beta2", "remask")),
     "in [0, 1]": (lambda v: 0 <= v <= 1, ("eta",)),
-    "in (0, 1]": (lambda v: 0 < v <= 1, ("top_p",)),
+    "in (0, 1]": (lambda v: 0 < v <= 1, ("top_p", "threshold", "noise")),
 }
 CHOICES = {
     "process": ("masked", "embed"), "dtype": ("auto", "bfloat16", "float32"),

@@ -2,6 +2,7 @@
 
 Bins are memory-mapped, so a corpus may be far larger than memory.
 """
+import codecs
 import json
 import os
 import pickle
@@ -38,8 +39,17 @@ class Tokenizer:
                 fail(f"the character {c!r} isn't in the tokenizer's alphabet of {self.V}")
         return [self.ids[c] for c in text]
 
+    def pieces(self, ids):
+        """Each token's text, · for an id that is none ([MASK]); half a character goes to the other half."""
+        if self.chars:
+            return [self.chars[i] if i < len(self.chars) else "·" for i in ids]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        texts = [decoder.decode(self.bpe.decode_single_token_bytes(i)) if i < self.bpe.n_vocab
+                 else decoder.decode(b"", True) + "·" for i in ids]
+        return [*texts[:-1], texts[-1] + decoder.decode(b"", True)]
+
     def decode(self, ids):
-        return self.bpe.decode(ids) if self.chars is None else "".join(self.chars[i] for i in ids)
+        return "".join(self.pieces(ids))
 
 
 def load_meta(dataset):

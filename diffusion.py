@@ -40,12 +40,17 @@ def choose(score, k):
     return torch.zeros_like(first).scatter(1, score.argsort(1, descending=True), first)
 
 
+def places(mask, n):
+    """(n,) indices into the flattened mask where it is True; n is their number: so nobody waits for it."""
+    return mask.flatten().nonzero_static(size=n).squeeze(1)
+
+
 def probabilities(logits, temperature, top_k, top_p):
-    """softmax(logits / temperature) with zeros outside the top_k likeliest tokens (0: all), then outside the
-    fewest that hold the share top_p of the rest; not normalised. temperature 0 leaves the likeliest token."""
+    """In proportion to softmax(logits / temperature), with zeros outside the top_k likeliest tokens (0: all),
+    then outside the fewest with the share top_p of the rest. temperature 0: the likeliest token only."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    p = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
@@ -125,7 +130,7 @@ class Masked(nn.Module):
         xt, k = self.corrupt(x0, t), self.count(t, T)
         # pairs t, 1 - t mask B (T + 1) / 2 tokens whatever t is: the compiler gets a constant
         K = B * (T + 1) // 2 if torch.compiler.is_compiling() else int(k.sum())
-        at = (xt == self.V).flatten().nonzero_static(size=K).squeeze(1)
+        at = places(xt == self.V, K)
         return k, at, self.denoise_at(xt, k / T, at)
 
     def losses(self, x0, t):
@@ -158,38 +163,71 @@ class Masked(nn.Module):
         return {"cross-entropy": F.cross_entropy(logits, target),
                 "accuracy": (logits.argmax(-1) == target).float().mean()}
 
-    @torch.no_grad()
-    def sample(self, x, known, steps, schedule="linear", order="random", temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: all unknown as [MASK], then after each network call.
+    def guided(self, x, known, at, guidance):
+        """Rows at (K,) of the logits given x, moved away from what they would be without the known tokens
+        (classifier-free guidance, arXiv:2207.12598), for which the network is called once more."""
+        logits = self.denoise_at(x, (x == self.V).float().mean(1), at)
+        if guidance:
+            x = x.masked_fill(known, self.V)
+            without = self.denoise_at(x, (x == self.V).float().mean(1), at)
+            logits = without + (1 + guidance) * (logits - without)
+        return logits
 
-        x (B, T) counts where known (B, T). min(steps, unknown tokens) calls: each reveals at least one token,
-        the last leaves none. A step chooses which tokens to reveal, at random or the surest first (MaskGIT,
-        arXiv:2202.04200), and then draws them. certainty is 1 for what is revealed and 0 for [MASK].
+    def pick(self, x, known, left, quota, order, threshold, guidance):
+        """The places (K,) that a step reveals, their logits (K, V), and their number in each row (B,).
+
+        In each row the quota (B,) surest of the left (B,) masked ones, and all surer than the threshold."""
+        masked, most = x == self.V, quota.to(x.device)
+        chance = torch.rand(x.shape, device=x.device).where(masked, -1)
+        if order == "random" and threshold == 1:        # places don't depend on logits: head at those alone
+            at = places(choose(chance, most), int(quota.sum()))
+            return at, self.guided(x, known, at, guidance), quota
+        at = places(masked, int(left.sum()))
+        logits = self.guided(x, known, at, guidance)
+        nowhere = torch.full_like(chance, -torch.inf).flatten()
+        if order != "random":
+            chance = nowhere.index_copy(0, at, surety(logits, order)).view(x.shape)
+        reveal = choose(chance, most)
+        if threshold < 1:
+            reveal |= nowhere.index_copy(0, at, surety(logits, "confidence")).view(x.shape) > threshold
+            quota = reveal.sum(1).cpu()
+        row = places(reveal.flatten()[at], int(quota.sum()))
+        return at[row], logits[row], quota
+
+    @torch.no_grad()
+    def sample(self, x, known, steps, noise=1.0, schedule="linear", order="random", threshold=1.0, remask=0.0,
+               guidance=0.0, temperature=1.0, top_k=0, top_p=1.0):
+        """Yields (tokens, certainty), (B, T) each: the start with [MASK]s, then after each network call.
+
+        x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: that share of it is masked. A
+        step chooses which tokens to reveal, at random or the surest first (MaskGIT, arXiv:2202.04200), and
+        draws them; the last leaves none. min(steps, unknown tokens) steps at most, each revealing one or
+        more; with remask, steps, each also taking back that share of the revealed ones (ReMDM,
+        arXiv:2503.00307). certainty is 1 for what is revealed and 0 for [MASK].
         """
-        B, T = x.shape
-        x = x.where(known, self.V)
-        n = left = (~known).sum(1).cpu()
-        steps = min(steps, int(n.max()))
-        score = torch.rand(B, T, device=x.device)
-        yield x, known.float()
+        n = (~known).sum(1).cpu()                       # on the CPU: no later step waits for the device
+        first = left = (n * noise).round().long().clamp(min=1).minimum(n)
+        x = x.masked_fill(choose(torch.rand(x.shape, device=x.device).where(~known, -1), left.to(x.device)),
+                          self.V)
+        steps = steps if remask else min(steps, int(left.max()))
+        yield x, (x != self.V).float()
         for i in range(1, steps + 1):
+            if not left.any():
+                return
             # as many stay masked as the grid says; but this step reveals one and leaves one for each to come
-            after = (n * SCHEDULES[schedule](1 - i / steps)).round().long()
-            after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
-            quota, share, masked = (left - after).to(x.device), left.to(x.device) / T, x == self.V
-            if order == "random":                       # places don't depend on logits: head at those
-                reveal = choose(score.where(masked, -1), quota)
-                at = reveal.flatten().nonzero_static(size=int((left - after).sum())).squeeze(1)
-                logits = self.denoise_at(x, share, at)
-            else:
-                at = masked.flatten().nonzero_static(size=int(left.sum())).squeeze(1)
-                logits = self.denoise_at(x, share, at)
-                sure = torch.full_like(score, -torch.inf).flatten().index_copy(0, at, surety(logits, order))
-                reveal = choose(sure.view(B, T), quota).flatten()[at]
-                at, logits = at[reveal], logits[reveal]
+            after = (first * SCHEDULES[schedule](1 - i / steps)).round().long()
+            if not remask:
+                after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
+            after = after.minimum(left)
+            back = (remask * (n - left)).long().minimum(after)
+            old = (x != self.V) & ~known
+            at, logits, shown = self.pick(x, known, left, left - after + back, order, threshold, guidance)
             token = draw(probabilities(logits, temperature, top_k, top_p))
-            x = x.flatten().index_copy(0, at, token).view(B, T)
-            left = after
+            x = x.flatten().index_copy(0, at, token).view(x.shape)
+            if remask:
+                chance = torch.rand(x.shape, device=x.device).where(old, -1)
+                x = x.masked_fill(choose(chance, back.to(x.device)), self.V)
+            left = left - shown + back
             yield x, (x != self.V).float()
 
 
@@ -361,36 +399,46 @@ class Embed(nn.Module):
                 "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean()}
 
     @torch.no_grad()
-    def sample(self, x, known, steps, schedule="linear", eta=1.0, temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: of pure noise, then after each of the steps network calls.
+    def sample(self, x, known, steps, noise=1.0, schedule="linear", eta=1.0, guidance=0.0, temperature=1.0,
+               top_k=0, top_p=1.0):
+        """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps network calls.
 
-        x (B, T) counts where known (B, T). eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33),
-        eta 0 deterministic (DDIM, arXiv:2010.02502, eq. 12). tokens are the likeliest, certainty is their
-        probability.
+        x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: it is noised to t = noise. eta
+        1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33), eta 0 deterministic (DDIM,
+        arXiv:2010.02502, eq. 12). guidance is as in Masked; where it hides known tokens, it noises them like
+        the others. tokens are the likeliest, certainty is their probability.
         """
-        E = self.table()
-        given = E[x.where(known, 0)]
-        z = given.where(known[..., None], torch.randn_like(given))
-        sc = before = None
+        E, place = self.table(), known[..., None]
+        given, eps = E[x.where(known, 0)], torch.randn(*x.shape, self.D, device=x.device)
+        start = eps if noise == 1 else self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))
+        z = given.where(place, start)
+        sc = hidden_sc = before = None
         yield x.where(known, (z @ E.T + self.bias).argmax(-1)), known.float()
-        grid = torch.tensor([SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
+        grid = noise * torch.tensor([SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)])
+        grid = grid.to(x.device)
         logsnr = self.logsnr(grid)
         alpha, sigma = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
         for i in range(steps if not known.all() else 0):
-            logits = self.denoise(z, grid[i].expand(len(z)), sc=sc, known=known)
+            t = grid[i].expand(len(z))
+            logits = self.denoise(z, t, sc=sc, known=known)
+            if guidance:
+                hidden = torch.where(place, alpha[i] * given + sigma[i] * eps, z)
+                without = self.denoise(hidden, t, sc=hidden_sc)
+                hidden_sc = self.estimate(without, hidden)
+                logits = without + (1 + guidance) * (logits - without)
             p = probabilities(logits, temperature, top_k, top_p)
-            before, sc = sc, self.given(p @ E / p.sum(-1, keepdim=True), z, known)
+            mass, (best, tokens) = p.sum(-1, keepdim=True), p.max(-1)
+            before, sc = sc, self.given(p @ E / mass, z, known)
             e0 = sc
             if before is not None:                      # goes on as it moved in the last step
                 e0 = sc + self.AHEAD / 2 * (sc - before) * (
                     (logsnr[i + 1] - logsnr[i]) / (logsnr[i] - logsnr[i - 1]))
             # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
-            noise = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
-            eps = (z - alpha[i] * e0) / sigma[i]
-            z = alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - noise).sqrt() * eps
-            z = given.where(known[..., None], z + noise.sqrt() * torch.randn_like(z))
-            certainty, tokens = logits.softmax(-1).max(-1)
-            yield x.where(known, tokens), certainty.where(~known, 1.0)
+            fresh = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
+            z = (alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - fresh).sqrt() * (z - alpha[i] * e0) / sigma[i]
+                 + fresh.sqrt() * torch.randn_like(z))
+            z = given.where(place, z)
+            yield x.where(known, tokens), (best / mass[..., 0]).where(~known, 1.0)
 
 
 PROCESSES = {"masked": Masked, "embed": Embed}

@@ -3,15 +3,19 @@
     python sample.py --steps 300
     python sample.py --text "ROMEO:{64} the moon{32}"     # {n} is n unknown tokens, anywhere
     python sample.py --text "To be, or not"               # a text without {n} is continued
-    python sample.py --order confidence --temperature 0.8 --watch
+    python sample.py --length 1000                        # in windows that overlap by half a block
+    python sample.py --edit "To be, or not to be" --noise 0.4
+    python sample.py --order confidence --temperature 0.8 --watch --svg moon.svg
 """
 import inspect
 import os
 import re
 import sys
 import time
+from html import escape
 
 import torch
+from tqdm import tqdm
 
 from config import Config, SampleConfig, fail, hardware, load, replace
 from data import Tokenizer, load_weights
@@ -26,6 +30,7 @@ cfg = hardware(load(SampleConfig))
 path = os.path.join(cfg.out_dir, "model.pt")
 ckpt = load_checkpoint(path)
 trained = replace(Config(**ckpt["config"]), device=cfg.device, dtype=cfg.dtype)
+block = trained.block_size
 tokenizer = Tokenizer(ckpt["meta"])
 model = PROCESSES[trained.process](trained, tokenizer.V)
 load_weights(model, ckpt["model"], path)
@@ -35,58 +40,184 @@ print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, 
       f"step {ckpt['step']}, bound {ckpt['nelbo']:.4f} nats/token, trained on {ckpt['meta']['source']}",
       file=sys.stderr)
 
-names = "schedule", "order", "eta", "temperature", "top_k", "top_p"
+names = "schedule", "guidance", "order", "threshold", "remask", "eta", "temperature", "top_k", "top_p"
 settings = {name: getattr(cfg, name) for name in names}
 for name in settings.keys() - inspect.signature(model.sample).parameters.keys():
     if settings.pop(name) != getattr(SampleConfig, name):
         fail(f"{name} is {getattr(cfg, name)!r}, but {trained.process} diffusion has no such setting")
 
 # ------------------------------------------------------------------------------------------------------------
-# what is known: the pieces of --text between its {n}
+# what is known: the pieces of the text between its {n}; when editing nothing is, but x matters
 
-pieces = re.split(r"\{(\d+)\}", cfg.text)               # text, n, text, n, ..., text
-ids, known = [], []
-if sum(map(int, pieces[1::2])) > trained.block_size:
-    fail(f"text asks for {sum(map(int, pieces[1::2]))} unknown tokens: this model writes up to "
-         f"{trained.block_size} at a time")
-for i, piece in enumerate(pieces):
-    new = tokenizer.encode(piece) if i % 2 == 0 else [0] * int(piece)
-    ids += new
-    known += [i % 2 == 0] * len(new)
-if len(pieces) == 1:                                    # no {n}: unknown to the end of the block
-    rest = trained.block_size - len(ids)
-    ids, known = ids + [0] * rest, known + [False] * rest
-if len(ids) > trained.block_size or all(known):
-    fail(f"text has {len(ids)} tokens, {len(known) - sum(known)} of them unknown: this model writes up to "
-         f"{trained.block_size} at a time, and at least one must be unknown")
-x = torch.tensor([ids] * cfg.num_samples, device=cfg.device)
-known = torch.tensor([known] * cfg.num_samples, device=cfg.device)
+
+def read(file):
+    try:
+        with open(file, encoding="utf-8") as f:
+            return f.read().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"{file!r} can't be read as UTF-8 text: {getattr(e, 'strerror', None) or e}")
+
+
+if bool(cfg.text) + bool(cfg.prompt_file) + bool(cfg.edit) > 1:
+    fail("text, prompt_file and edit each say what to start from: give one of them")
+longest = cfg.length or block
+if cfg.edit:
+    pieces, gaps = [read(cfg.edit) if os.path.isfile(cfg.edit) else cfg.edit], []
+    settings["noise"] = cfg.noise
+else:                                                   # text, n, text, n, ..., text
+    pieces = re.split(r"\{(\d{1,18})\}", read(cfg.prompt_file) if cfg.prompt_file else cfg.text)
+    pieces, gaps = pieces[::2], [int(n) for n in pieces[1::2]]
+pieces = [tokenizer.encode(piece) for piece in pieces]
+total = sum(map(len, pieces)) + sum(gaps)
+if total > longest:
+    fail(f"the text has {total} tokens, of which at most {longest} are written: pass --length={total} "
+         f"for windows of {block}")
+if not cfg.edit and (cfg.length or not gaps):           # unknown to the end
+    gaps, pieces = [*gaps, longest - total], [*pieces, []]
+ids, known = list(pieces[0]), [not cfg.edit] * len(pieces[0])
+for gap, piece in zip(gaps, pieces[1:]):
+    ids += [tokenizer.V] * gap + piece
+    known += [False] * gap + [True] * len(piece)
+if all(known):
+    fail(f"the text has {len(ids)} tokens, none of them unknown: put {{n}} where n should be written")
+if cfg.guidance and not any(known):
+    fail("guidance follows what is known, and nothing is: give a text")
+if cfg.noise != SampleConfig.noise and not cfg.edit:
+    fail("noise is for edit: give a text to rewrite")
+if cfg.svg:
+    try:
+        open(cfg.svg, "a").close()                      # now, not when all is sampled
+    except OSError as e:
+        fail(f"svg {cfg.svg!r} can't be written: {e.strerror}")
+
+# ------------------------------------------------------------------------------------------------------------
+# pictures: lists of (text, style) for each token, noise, new or settled
+
+
+def picture(tokens, before, certainty):
+    return [(piece, "noise" if sure < 0.5 else "new" if token != old else "settled")
+            for piece, token, old, sure in zip(tokenizer.pieces(tokens), tokens, before, certainty)]
+
+
+def show(pairs):
+    """Draws a picture in the terminal: noise dim, new tokens green."""
+    colour = {"noise": "2", "new": "32", "settled": "0"}
+    text = "".join(f"\033[{colour[style]}m{piece}\033[0m" for piece, style in pairs)
+    print("\033[H\033[2J" + text, file=sys.stderr, flush=True)
+    time.sleep(0.05)
+
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" width="{width:g}">
+<style>
+rect {{ fill: #fff }} .noise {{ fill: #a0a7ae }} .new {{ fill: #1a7f37 }}
+text {{ font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }}
+text {{ white-space: pre; fill: #1f2328 }}
+.f {{ visibility: hidden; animation: f {loop:.2f}s step-end infinite }}
+.l {{ animation: l {loop:.2f}s step-end infinite }}
+@keyframes f {{ 0% {{ visibility: visible }} {shown:.3f}% {{ visibility: hidden }} }}
+@keyframes l {{ 0% {{ visibility: hidden }} {last:.3f}% {{ visibility: visible }} }}
+@media (prefers-color-scheme: dark) {{
+rect {{ fill: #0d1117 }} text {{ fill: #e6edf3 }} .noise {{ fill: #656c76 }} .new {{ fill: #3fb950 }} }}
+@media (prefers-reduced-motion: reduce) {{ .f, .l {{ animation: none }} }}
+</style>
+<rect width="100%" height="100%" rx="6"/>
+<g xml:space="preserve">
+{frames}
+</g></svg>
+"""
+
+
+def layer(cells, style):
+    """The <text> of one style: lines of single characters, blank where another style writes."""
+    lines = ["".join(line).rstrip() for line in cells]
+    spans = [f'<tspan x="9" y="{20 * y + 24}">{escape(line)}</tspan>' for y, line in enumerate(lines) if line]
+    return f'<text class="{style}">{"".join(spans)}</text>' if spans else ""
+
+
+def animation(pictures, wrap=64, seconds=0.12, hold=3):
+    """An SVG of the pictures, in a loop, the last one held for some seconds.
+
+    Each token has the room that its text takes in the last picture, and shows in it what it is in the others:
+    nothing moves. Where SVG isn't animated, the last one is seen.
+    """
+    room, y, x = [], 0, 0                               # (line, column) of each character of each token
+    for piece, _ in pictures[-1]:
+        room.append([])
+        for c in piece:
+            if x == wrap:
+                y, x = y + 1, 0
+            room[-1].append((y, x))
+            y, x = (y + 1, 0) if c == "\n" else (y, x + 1)
+    n_lines, n_columns = y + 1, 1 + max(x for cells in room for _, x in cells)
+    frames = []
+    for i, pairs in enumerate(pictures):
+        cells = {style: [[" "] * n_columns for _ in range(n_lines)] for style in ("noise", "new", "settled")}
+        for spot, (piece, style) in zip(room, pairs):
+            for (y, x), c in zip(spot, piece):
+                cells[style][y][x] = c if c.isprintable() else " "
+        delay = f'f" style="animation-delay:{i * seconds:.2f}s' if i + 1 < len(pictures) else "l"
+        layers = "".join(layer(lines, style) for style, lines in cells.items())
+        frames.append(f'<g class="{delay}">{layers}</g>')
+    loop = (len(pictures) - 1) * seconds + hold
+    return SVG.format(width=8.5 * n_columns + 18, height=20 * n_lines + 20, frames="\n".join(frames),
+                      loop=loop, shown=100 * seconds / loop, last=100 * (1 - hold / loop))
+
 
 # ------------------------------------------------------------------------------------------------------------
 # the samples
 
 
-def show(tokens, before, certainty):
-    """Draws a state in the terminal: dim where it is noise, green where it just changed, plain elsewhere."""
-    frame = []
-    for new, old, sure in zip(tokens.tolist(), before.tolist(), certainty.tolist()):
-        style = "2" if sure < 0.5 else "32" if new != old else "0"
-        frame.append(f"\033[{style}m{tokenizer.decode([new]) if new < tokenizer.V else '·'}")
-    print("\033[H\033[2J" + "".join(frame) + "\033[0m", file=sys.stderr, flush=True)
-    time.sleep(0.05)
+def write(x, known):
+    """Yields (tokens, certainty), (B, L) each, as the model does; longer texts a block at a time, of which at
+    least half is known by then."""
+    certainty = known.float()
+    last = max(0, x.size(1) - block)
+    for start in [*range(0, last, max(1, block // 2)), last]:
+        window = slice(start, start + block)
+        for tokens, sure in model.sample(x[:, window], known[:, window], cfg.steps, **settings):
+            x, certainty = x.clone(), certainty.clone()
+            x[:, window], certainty[:, window] = tokens, sure
+            yield x, certainty
+        known = known.clone()
+        known[:, window] = True
 
 
-watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-torch.manual_seed(cfg.seed)
-start, calls, before = time.time(), -1, None            # the first state costs no network call
-for tokens, certainty in model.sample(x, known, cfg.steps, **settings):
+def count(*_):
+    global calls
     calls += 1
-    if watch:
-        show(tokens[0], tokens[0] if before is None else before, certainty[0])
-        before = tokens[0]
-tokens = tokens.tolist()
+    bar.update()
+
+
+fits = 2 ** 28 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd))      # in about 4 GB
+n_at_once = max(1, fits)
+watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+calls, states, interrupted = 0, [], False
+bar = tqdm(desc="network calls", disable=True if watch else None)
+model.net.register_forward_hook(count)
+torch.manual_seed(cfg.seed)
+start, done = time.time(), 0
+while done < cfg.num_samples and not interrupted:
+    tokens = torch.tensor([ids] * min(n_at_once, cfg.num_samples - done), device=cfg.device)
+    try:
+        for tokens, certainty in write(tokens, torch.tensor([known] * len(tokens), device=cfg.device)):
+            if not done and (watch or cfg.svg):         # the first sample is the one to look at
+                states.append((tokens[0].tolist(), certainty[0].tolist()))
+            if not done and watch:
+                show(picture(states[-1][0], states[-2:][0][0], states[-1][1]))
+        rows = tokens.tolist()                          # waits for the device
+    except KeyboardInterrupt:
+        interrupted, rows = True, tokens.tolist()
+    for row in rows:
+        print(("-" * 80 + "\n" if done else "") + tokenizer.decode(row), flush=True)
+        done += 1
+bar.close()
 seconds = time.time() - start
-written = int((~known).sum())
-print(f"{written} tokens in {calls} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s",
-      file=sys.stderr)
-print(("\n" + "-" * 80 + "\n").join(tokenizer.decode(row) for row in tokens))
+written = done * (len(known) - sum(known))
+print(f"{written} tokens in {calls} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s"
+      + (" (interrupted: · is still unknown)" if interrupted else ""), file=sys.stderr)
+if cfg.svg and states:
+    n = min(50, len(states))
+    states = [states[round(i * (len(states) - 1) / max(1, n - 1))] for i in range(n)]
+    pictures = [picture(now[0], old[0], now[1]) for old, now in zip([states[0], *states], states)]
+    with open(cfg.svg, "w", encoding="utf-8") as f:
+        f.write(animation(pictures))

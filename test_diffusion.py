@@ -21,6 +21,7 @@ import tarfile
 import threading
 import time
 from pydoc_data.topics import topics
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -177,6 +178,68 @@ def test_infill_of_the_exact_posterior_follows_the_true_conditional(process):
 # ------------------------------------------------------------------------------------------------------------
 # masked: exact counts and identities
 
+@pytest.mark.parametrize("process, settings", [
+    ("masked", {"noise": 0.6}), ("embed", {"noise": 0.4}), ("masked", {"remask": 0.1}),
+    ("embed", {"eta": 0.0})])
+def test_rewriting_and_remasking_leave_the_chain_as_it_is(process, settings):
+    torch.manual_seed(0)
+    n = 3000
+    x, known = chain_draw(n), torch.zeros(n, T_CHAIN, dtype=torch.bool)
+    *_, (y, _) = exact_chain(process).sample(x, known, {"masked": 150, "embed": 100}[process], **settings)
+    kept = float((y == x).float().mean())
+    chance = float((START ** 2).sum())
+    # unmasked tokens stay, and masked ones are like them by more than chance; nothing is known at noise 1
+    if "noise" not in settings:
+        assert abs(kept - chance) < 0.02
+    else:
+        assert chance + 0.1 < kept < 0.95
+    pairs = torch.bincount((y[:, :-1] * V_CHAIN + y[:, 1:]).flatten(), minlength=V_CHAIN ** 2)
+    share, expected = pairs.view(V_CHAIN, V_CHAIN) / pairs.sum(), START[:, None] * CHAIN
+    se = (expected * (1 - expected) / pairs.sum()).sqrt()
+    assert ((share - expected).abs() < 5 * se).all()
+
+
+def test_guidance_raises_the_conditional_over_the_marginal_to_its_power():
+    torch.manual_seed(0)
+    n = 4000
+    x = torch.full((n, 3), 2)                                                   # 2 ? 2
+    known = torch.tensor([True, False, True]).expand(n, -1)
+    for w in 0.5, 2.0:
+        *_, (y, _) = exact_chain("masked").sample(x, known, 3, guidance=w)
+        truth = (CHAIN[2] * CHAIN[:, 2]) ** (1 + w) / START ** w
+        truth = truth / truth.sum()
+        share = torch.bincount(y[:, 1], minlength=V_CHAIN) / n
+        assert ((share - truth).abs() < 4.5 * (truth * (1 - truth) / n).sqrt() + 1e-9).all()
+
+
+def test_guidance_of_embed_makes_what_fits_the_known_tokens_likelier():
+    torch.manual_seed(0)
+    n = 2000
+    x = torch.full((n, 3), 2)
+    known = torch.tensor([True, False, True]).expand(n, -1)
+    truth = CHAIN[2] * CHAIN[:, 2] / START                                      # what the neighbours tell
+    means = []
+    for w in 0.0, 1.0, 3.0:
+        *_, (y, _) = exact_chain("embed").sample(x, known, 50, guidance=w)
+        means.append(float(truth.log()[y[:, 1]].mean()))
+    assert means[0] + 0.1 < means[1] < means[2] - 0.02, means
+
+
+def test_threshold_reveals_at_once_what_is_certain():
+    model = build("masked", 3)
+    logits = torch.zeros(2, 6, 3)
+    logits[0, :4, 2] = 9
+    model.denoise = lambda xt, t, **_: logits
+    known = torch.zeros(2, 6, dtype=torch.bool)
+    for order in "random", "confidence":
+        states = [(x == 3).sum(1).tolist()
+                  for x, _ in model.sample(known.long(), known, 6, order=order, threshold=0.9)]
+        assert states[0] == [6, 6] and states[1][0] <= 2 and states[1][1] == 5 and states[-1] == [0, 0]
+    # with nothing uncertain, one call
+    model.denoise = lambda xt, t, **_: 9 * F.one_hot(torch.zeros_like(xt), 3).float()
+    assert len(list(model.sample(known.long(), known, 6, threshold=0.9))) == 2
+
+
 def test_uniform_logits_cost_exactly_log_V():
     model = build("masked", 65)
     model.denoise = lambda xt, t, **_: torch.zeros(*xt.shape, 65)
@@ -322,23 +385,33 @@ def test_every_sampler_setting_keeps_known_tokens_and_its_promises(process):
     model = build(process, 11)
     denoise, calls = model.denoise, []
     model.denoise = lambda *args, **kw: calls.append(1) or denoise(*args, **kw)
-    for _ in range(60):
+    for _ in range(200):
         B, T, steps = int(rng.integers(1, 5)), int(rng.integers(1, 33)), int(rng.integers(1, 50))
         known = torch.from_numpy(rng.random((B, T)) < rng.choice([0, 0.5, 0.9, 1]))
         x = torch.from_numpy(rng.integers(0, 11, (B, T)))
         settings = {"schedule": str(rng.choice(list(SCHEDULES))),
+                    "noise": float(rng.choice([1, 1, 0.6, 0.01])),
+                    "guidance": float(rng.choice([0, 0, 1.5])),
                     "temperature": float(rng.choice([0, 0.5, 1, 2])),
                     "top_k": int(rng.integers(0, 15)), "top_p": float(rng.choice([0.1, 0.9, 1]))}
         if process == "embed":
             settings["eta"] = float(rng.choice([0, 0.5, 1]))
         else:
             settings["order"] = str(rng.choice(["random", "confidence", "margin", "entropy"]))
+            settings["threshold"] = float(rng.choice([1, 1, 0.3]))
+            settings["remask"] = float(rng.choice([0, 0, 0.3, 0.9]))
         calls.clear()
         torch.manual_seed(7)
         states = list(model.sample(x, known, steps, **settings))
-        unknown = int((~known).sum(1).max())
-        assert len(calls) == (min(steps, unknown) if process == "masked" else steps * (unknown > 0))
-        assert len(states) == len(calls) + 1
+        unknown = (~known).sum(1)
+        least = most = steps * int(unknown.any())
+        if process == "masked":
+            noised = int((unknown * settings["noise"]).round().clamp(min=1).minimum(unknown).max())
+            most = min(most, noised) if not settings["remask"] else most
+            least = most if settings["threshold"] == 1 and not settings["remask"] else noised > 0
+        per_step = 1 + (settings["guidance"] > 0)
+        assert least * per_step <= len(calls) <= most * per_step, settings
+        assert (len(states) - 1) * per_step == len(calls)
         for tokens, certainty in states:
             assert (tokens[known] == x[known]).all() and (certainty[known] == 1).all()
             assert tokens.shape == certainty.shape == (B, T) and 0 <= certainty.min() and certainty.max() <= 1
@@ -378,15 +451,19 @@ def test_draws_follow_the_probabilities_and_never_take_a_zero():
 
 def test_truncation_keeps_the_likeliest():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 0.0]])
-    full = logits.softmax(-1)
-    assert torch.allclose(probabilities(logits, 1.0, 0, 1.0), full)
+
+    def normalised(*settings):
+        p = probabilities(logits, *settings)
+        return p / p.sum(-1, keepdim=True)
+
+    assert torch.allclose(normalised(1.0, 0, 1.0), logits.softmax(-1))
     assert ((probabilities(logits, 1.0, 2, 1.0) > 0).sum(-1) == 2).all()
     # .644 < .7 <= .881
     assert (probabilities(logits, 1.0, 0, 0.7)[0] > 0).tolist() == [True, True, False, False]
     assert (probabilities(logits, 1.0, 0, 1e-6) > 0).sum(-1).tolist() == [1, 1]
     assert probabilities(logits, 0, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
-    assert torch.allclose(probabilities(logits, 1e-20, 0, 1.0)[0], torch.tensor([1.0, 0, 0, 0]))
-    assert torch.allclose(probabilities(logits, 2.0, 0, 1.0), (logits / 2).softmax(-1))
+    assert torch.allclose(normalised(1e-20, 0, 1.0)[0], torch.tensor([1.0, 0, 0, 0]))
+    assert torch.allclose(normalised(2.0, 0, 1.0), (logits / 2).softmax(-1))
 
 
 def test_orders_rank_by_their_measure():
@@ -1013,9 +1090,21 @@ def test_sampling_fills_blanks_and_repeats_itself(here, capsys):
 @pytest.mark.parametrize("words, flags", [
     ("no checkpoint nowhere/model.pt", ["--out_dir=nowhere"]),
     (b"'\\u4e16' isn't in the tokenizer's alphabet".decode("unicode_escape"), ["--text=世{3}"]),
-    ("text asks for 1000000000000 unknown", ["--text={1000000000000}"]),
+    ("text has 1000000000000 tokens", ["--text={1000000000000}"]),
     ("text has 40 tokens", ["--text=" + 40 * "a"]),
-    ("0 of them unknown", ["--text=a{0}"]),
+    ("text has 40 tokens", ["--edit=" + 40 * "a"]),
+    ("text has 60 tokens, of which at most 50", ["--text=" + 40 * "a" + "{20}", "--length=50"]),
+    ("none of them unknown", ["--text=a{0}"]),
+    ("none of them unknown", ["--text=abc", "--length=3"]),
+    ("give one of them", ["--text=a{3}", "--edit=abc"]),
+    ("give one of them", ["--text=a{3}", "--prompt_file=nowhere.txt"]),
+    ("'nowhere.txt' can't be read as UTF-8 text: No such file", ["--prompt_file=nowhere.txt"]),
+    ("'out/model.pt' can't be read as UTF-8 text: ", ["--prompt_file=out/model.pt"]),
+    ("guidance follows what is known", ["--guidance=1"]),
+    ("guidance follows what is known", ["--guidance=1", "--edit=abc"]),
+    ("noise is for edit", ["--noise=0.2"]),
+    ("eta is 0.5, but masked diffusion has no such setting", ["--eta=0.5"]),
+    ("svg 'no/where.svg' can't be written: No such file", ["--svg=no/where.svg"]),
 ])
 def test_sampling_refuses_what_it_cannot_use(here, words, flags):
     with pytest.raises(SystemExit) as stop:
@@ -1032,6 +1121,96 @@ def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
     assert len(frames) == 5 and frames[0].count("\033[2m·") == 8 and frames[-1].count("\033[2m") == 0
     assert (sum(frame.count("\033[32m") for frame in frames) == 8
             and all(f.startswith("\033[0mT") for f in frames))
+
+
+def samples(capsys, *flags):
+    script("sample.py", *flags)
+    out = capsys.readouterr()
+    return out.out[:-1].split("\n" + "-" * 80 + "\n"), out.err
+
+
+def test_long_texts_are_written_in_windows(here, capsys, monkeypatch):
+    (text,), err = samples(capsys, "--length=100", "--num_samples=1", "--steps=8")
+    assert len(text) == 100 and "100 tokens in 44 network calls" in err          # the last window lacks 4
+    with open("prompt.txt", "w") as f:
+        f.write("The{60} of\n")
+    texts, err = samples(capsys, "--prompt_file=prompt.txt", "--length=80", "--num_samples=3", "--steps=4")
+    assert all(text.startswith("The") and text[63:66] == " of" and len(text) == 80 for text in texts)
+    texts, _ = samples(capsys, "--text=" + 40 * "a", "--length=50", "--steps=4")
+    assert all(text.startswith(40 * "a") and len(text) == 50 for text in texts)
+
+
+def test_a_text_is_rewritten_the_more_the_noise(here, capsys):
+    text = "The value of the expression is"
+    kept = []
+    for noise in 0.01, 0.4, 1.0:
+        texts, _ = samples(capsys, f"--edit={text}", f"--noise={noise}", "--num_samples=8")
+        assert all(len(new) == len(text) for new in texts)
+        kept.append(sum(a == b for new in texts for a, b in zip(new, text)) / (8 * len(text)))
+    assert kept[0] > 0.75 > kept[1] > 0.4 > kept[2]
+    with open("edit.txt", "w") as f:
+        f.write(3 * text + "\n")
+    (new, *_), _ = samples(capsys, "--edit=edit.txt", "--noise=0.01", "--length=90", "--num_samples=2")
+    assert len(new) == 90 and sum(a == b for a, b in zip(new, 3 * text)) > 80
+
+
+def test_an_interrupted_run_prints_what_it_has(here, capsys, monkeypatch):
+    generators = []
+
+    def interrupted(self, *args, **settings):
+        generators.append(sample(self, *args, **settings))
+        for i, state in enumerate(generators[-1]):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield state
+
+    sample = PROCESSES["masked"].sample
+    monkeypatch.setattr(PROCESSES["masked"], "sample", interrupted)
+    texts, err = samples(capsys, "--text=The{20}", "--steps=20", "--num_samples=2")
+    assert len(texts) == 2 and len(generators) == 1 and "interrupted" in err
+    assert all(text.startswith("The") and text.count("·") == 18 for text in texts)
+
+
+def test_samples_come_in_batches_that_fit(here, capsys, monkeypatch):
+    sizes, sample = [], PROCESSES["masked"].sample
+
+    def counted(self, x, *args, **settings):
+        sizes.append(len(x))
+        return sample(self, x, *args, **settings)
+
+    monkeypatch.setattr(PROCESSES["masked"], "sample", counted)
+    texts, _ = samples(capsys, "--num_samples=10000", "--steps=1")
+    assert len(texts) == 10_000 == sum(sizes) and len(set(texts)) > 9_900
+    assert max(sizes) < 10_000 and len(set(sizes[:-1])) == 1
+
+
+def test_svg_holds_every_frame_and_ends_with_the_text(here, capsys):
+    namespace = "{http://www.w3.org/2000/svg}"
+    for steps, frames in (4, 5), (128, 50):
+        (text, _), _ = samples(capsys, "--text=a < b{200} & c", "--length=209", f"--steps={steps}",
+                               "--num_samples=2", "--svg=a.svg")
+        assert os.path.getsize("a.svg") < 100_000
+        groups = ElementTree.parse("a.svg").getroot().findall(f"{namespace}g/{namespace}g")
+        assert len(groups) == frames or steps == 4
+        lines = {}
+        for span in groups[-1].iter(f"{namespace}tspan"):
+            old = lines.get(int(span.get("y")), "")
+            lines[int(span.get("y"))] = "".join(
+                a if b == " " else b for a, b in itertools.zip_longest(old, span.text, fillvalue=" "))
+        drawn = "".join(lines[y].rstrip() for y in sorted(lines)).replace(" ", "")
+        assert drawn == re.sub(r"\s", "", text)
+
+
+def test_pieces_of_byte_pairs_keep_halves_of_characters_together():
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("needs GPT-2's byte pairs (TIKTOKEN_CACHE_DIR)")
+    tokenizer = Tokenizer({"tokenizer": "gpt2", "vocab_size": 50257})
+    ids = tokenizer.encode("a 世界🙂")
+    pieces = tokenizer.pieces(ids)
+    assert len(ids) == len(pieces) > 5 and "".join(pieces) == "a 世界🙂" == tokenizer.decode(ids)
+    assert tokenizer.pieces([ids[0], tokenizer.V, ids[-1]])[:2] == ["a", "·"]
+    assert tokenizer.decode([*ids[:-1], tokenizer.V]).endswith("�·")
+    assert tokenizer.decode(ids[:-1]).endswith("�")
 
 
 # ------------------------------------------------------------------------------------------------------------

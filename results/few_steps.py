@@ -29,18 +29,21 @@ def settle(model):
     return model
 
 
-def distance(model, steps):
+def distance(model, steps, **settings):
     torch.manual_seed(0)
     known = torch.zeros(20_000, exact.T_CHAIN, dtype=torch.bool)
-    *_, (x, _) = model.sample(known.long(), known, steps)
+    *_, (x, _) = model.sample(known.long(), known, steps, **settings)
     pairs = torch.bincount((x[:, :-1] * exact.V_CHAIN + x[:, 1:]).flatten(), minlength=exact.V_CHAIN ** 2)
     return float((pairs.view_as(TRUE) / pairs.sum() - TRUE).abs().sum() / 2)
 
 
-models = {"masked": exact.exact_chain("masked"), "embed": settle(exact.exact_chain("embed"))}
-print("steps   masked   embed with AHEAD 0        1        2        3        4")
-for steps in 4, 8, 16, 32:
-    row = [distance(models["masked"], steps)]
-    for Embed.AHEAD in 0.0, 1.0, 2.0, 3.0, 4.0:
-        row.append(distance(models["embed"], steps))
-    print(f"{steps:5}{row[0]:9.4f}{row[1]:21.4f}" + "".join(f"{value:9.4f}" for value in row[2:]), flush=True)
+masked, embed = exact.exact_chain("masked"), settle(exact.exact_chain("embed"))
+ORDERS = "random", "confidence", "margin", "entropy"
+print("| steps | " + " | ".join(ORDERS) + " | embed, AHEAD 0 | 1 | 2 | 3 | 4 | 2, eta 0 |\n" + "|---" * 11 + "|")
+for steps in 2, 4, 8, 12, 16, 32:
+    row = [distance(masked, steps, order=order) for order in ORDERS]
+    for Embed.AHEAD in 0.0, 1.0, 3.0, 4.0, 2.0:
+        row.append(distance(embed, steps))
+    row.insert(6, row.pop())                            # AHEAD 2, the code's, last in the loop: it stays
+    row.append(distance(embed, steps, eta=0.0))
+    print(f"| {steps} | " + " | ".join(f"{value:.4f}" for value in row) + " |", flush=True)
