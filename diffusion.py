@@ -62,11 +62,11 @@ def probabilities(logits, temperature, top_k, top_p):
 
 def surety(logits, order):
     """(K,): how sure the logits (K, V) are: confidence (in the best), margin (to the second), entropy."""
-    p = logits.softmax(-1)
     if order == "entropy":
-        return torch.special.entr(p).sum(-1).neg()
-    best = p.topk(2).values
-    return best[:, 0] - best[:, 1] if order == "margin" else best[:, 0]
+        return torch.special.entr(logits.softmax(-1)).sum(-1).neg()
+    best = logits.topk(2).values if order == "margin" else logits.amax(-1, keepdim=True)
+    p = (best - logits.logsumexp(-1, keepdim=True)).exp()
+    return p[:, 0] - p[:, 1] if order == "margin" else p[:, 0]
 
 
 def draw(p):
@@ -398,6 +398,15 @@ class Embed(nn.Module):
                 "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
                 "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean()}
 
+    def settle(self, logits, E, temperature, top_k, top_p):
+        """e0 (B, T, D), the likeliest tokens (B, T) and their probabilities, of the logits (B, T, V)."""
+        parts, n = [], 2 ** (21 if logits.device.type == "cpu" else 28) // self.V       # stays in the cache
+        for rows in logits.flatten(0, 1).split(max(1, n)):
+            p = probabilities(rows, temperature, top_k, top_p)
+            mass, (best, token) = p.sum(-1), p.max(-1)
+            parts.append((p @ E / mass[:, None], token, best / mass))
+        return [torch.cat(part).unflatten(0, logits.shape[:2]) for part in zip(*parts)]
+
     @torch.no_grad()
     def sample(self, x, known, steps, noise=1.0, schedule="linear", eta=1.0, guidance=0.0, temperature=1.0,
                top_k=0, top_p=1.0):
@@ -426,9 +435,8 @@ class Embed(nn.Module):
                 without = self.denoise(hidden, t, sc=hidden_sc)
                 hidden_sc = self.estimate(without, hidden)
                 logits = without + (1 + guidance) * (logits - without)
-            p = probabilities(logits, temperature, top_k, top_p)
-            mass, (best, tokens) = p.sum(-1, keepdim=True), p.max(-1)
-            before, sc = sc, self.given(p @ E / mass, z, known)
+            e0, tokens, certainty = self.settle(logits, E, temperature, top_k, top_p)
+            before, sc = sc, self.given(e0, z, known)
             e0 = sc
             if before is not None:                      # goes on as it moved in the last step
                 e0 = sc + self.AHEAD / 2 * (sc - before) * (
@@ -438,7 +446,7 @@ class Embed(nn.Module):
             z = (alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - fresh).sqrt() * (z - alpha[i] * e0) / sigma[i]
                  + fresh.sqrt() * torch.randn_like(z))
             z = given.where(place, z)
-            yield x.where(known, tokens), (best / mass[..., 0]).where(~known, 1.0)
+            yield x.where(known, tokens), certainty.where(~known, 1.0)
 
 
 PROCESSES = {"masked": Masked, "embed": Embed}

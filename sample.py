@@ -197,9 +197,10 @@ model.net.register_forward_hook(count)
 torch.manual_seed(cfg.seed)
 start, done = time.time(), 0
 while done < cfg.num_samples and not interrupted:
-    tokens = torch.tensor([ids] * min(n_at_once, cfg.num_samples - done), device=cfg.device)
+    n = min(n_at_once, cfg.num_samples - done)
+    tokens, given = torch.tensor([[ids] * n, [known] * n], device=cfg.device)
     try:
-        for tokens, certainty in write(tokens, torch.tensor([known] * len(tokens), device=cfg.device)):
+        for tokens, certainty in write(tokens, given.bool()):  # noqa: B020 (it goes on where it is stopped)
             if not done and (watch or cfg.svg):         # the first sample is the one to look at
                 states.append((tokens[0].tolist(), certainty[0].tolist()))
             if not done and watch:

@@ -39,7 +39,8 @@ def distance(model, steps, **settings):
 
 masked, embed = exact.exact_chain("masked"), settle(exact.exact_chain("embed"))
 ORDERS = "random", "confidence", "margin", "entropy"
-print("| steps | " + " | ".join(ORDERS) + " | embed, AHEAD 0 | 1 | 2 | 3 | 4 | 2, eta 0 |\n" + "|---" * 11 + "|")
+print("| steps | " + " | ".join(ORDERS) + " | embed, AHEAD 0 | 1 | 2 | 3 | 4 | 2, eta 0 |")
+print("|---" * 11 + "|")
 for steps in 2, 4, 8, 12, 16, 32:
     row = [distance(masked, steps, order=order) for order in ORDERS]
     for Embed.AHEAD in 0.0, 1.0, 3.0, 4.0, 2.0:
