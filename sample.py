@@ -217,8 +217,9 @@ written = done * (len(known) - sum(known))
 print(f"{written} tokens in {calls} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s"
       + (" (interrupted: · is still unknown)" if interrupted else ""), file=sys.stderr)
 if cfg.svg and states:
-    n = min(50, len(states))
+    n = min(49, len(states))
     states = [states[round(i * (len(states) - 1) / max(1, n - 1))] for i in range(n)]
-    pictures = [picture(now[0], old[0], now[1]) for old, now in zip([states[0], *states], states)]
+    pairs = zip([states[0], *states], [*states, states[-1]])        # in the last picture, all is settled
+    pictures = [picture(now[0], old[0], now[1]) for old, now in pairs]
     with open(cfg.svg, "w", encoding="utf-8") as f:
         f.write(animation(pictures))
