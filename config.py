@@ -87,11 +87,12 @@ class SampleConfig:
 RULES = {                                   # what a value must be: a test of it, the settings it holds for
     "at least 1": (lambda v: v >= 1, (
         "eval_interval", "log_interval", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
-        "n_embd", "embed_dim", "steps", "num_samples")),
+        "n_embd", "embed_dim", "num_samples")),
     "0 or more and finite": (lambda v: 0 <= v < 2 ** 62, (
         "max_iters", "warmup_iters", "weight_decay", "grad_clip", "learning_rate", "adam_lr", "seed",
         "temperature", "top_k", "guidance")),
     "from 0 to a million": (lambda v: 0 <= v <= 10 ** 6, ("length",)),
+    "from 1 to a million": (lambda v: 1 <= v <= 10 ** 6, ("steps",)),
     "at least 2, for a standard error": (lambda v: v >= 2, ("eval_iters",)),
     "even, since times come in pairs t, 1 - t": (lambda v: v >= 2 and v % 2 == 0, ("batch_size",)),
     "in [0, 1)": (lambda v: 0 <= v < 1, ("dropout", "ema_decay", "beta1", "beta2", "remask")),

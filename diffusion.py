@@ -36,8 +36,14 @@ def times(rng, n_micro, B):
 
 def choose(score, k):
     """(B, T) bool: in each row of score (B, T) the k (B,) highest; exactly k of them, ties or not."""
+    k = k.to(score.device, non_blocking=score.is_cuda)                          # so that the host need not wait
     first = torch.arange(score.size(1), device=score.device) < k[:, None]
     return torch.zeros_like(first).scatter(1, score.argsort(1, descending=True), first)
+
+
+def lot(mask, k):
+    """(B, T) bool: in each row k (B,) random ones of the places where mask (B, T) is True."""
+    return choose(torch.rand(mask.shape, device=mask.device).where(mask, -1), k)
 
 
 def places(mask, n):
@@ -48,14 +54,14 @@ def places(mask, n):
 def probabilities(logits, temperature, top_k, top_p):
     """In proportion to softmax(logits / temperature), with zeros outside the top_k likeliest tokens (0: all),
     then outside the fewest with the share top_p of the rest. temperature 0: the likeliest token only."""
-    if temperature == 0:
+    if temperature < 1e-30:                             # float32 ends there
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
     p = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
         before = p.cumsum(-1) - p
-        p[before >= top_p * p.sum(-1, keepdim=True)] = 0
+        p.masked_fill_(before >= max(top_p, 1e-9) * p.sum(-1, keepdim=True), 0)
         p = torch.zeros_like(p).scatter(-1, ids, p)
     return p
 
@@ -176,20 +182,22 @@ class Masked(nn.Module):
     def pick(self, x, known, left, quota, order, threshold, guidance):
         """The places (K,) that a step reveals, their logits (K, V), and their number in each row (B,).
 
-        In each row the quota (B,) surest of the left (B,) masked ones, and all surer than the threshold."""
-        masked, most = x == self.V, quota.to(x.device)
-        chance = torch.rand(x.shape, device=x.device).where(masked, -1)
+        In each row the first quota (B,) by order of the left (B,) masked ones, and all surer than threshold.
+        """
+        masked = x == self.V
         if order == "random" and threshold == 1:        # places don't depend on logits: head at those alone
-            at = places(choose(chance, most), int(quota.sum()))
+            at = places(lot(masked, quota), int(quota.sum()))
             return at, self.guided(x, known, at, guidance), quota
         at = places(masked, int(left.sum()))
         logits = self.guided(x, known, at, guidance)
-        nowhere = torch.full_like(chance, -torch.inf).flatten()
-        if order != "random":
-            chance = nowhere.index_copy(0, at, surety(logits, order)).view(x.shape)
-        reveal = choose(chance, most)
+
+        def spread(values):
+            nowhere = torch.full(x.shape, -torch.inf, device=x.device)
+            return nowhere.flatten().index_copy(0, at, values).view(x.shape)
+
+        reveal = lot(masked, quota) if order == "random" else choose(spread(surety(logits, order)), quota)
         if threshold < 1:
-            reveal |= nowhere.index_copy(0, at, surety(logits, "confidence")).view(x.shape) > threshold
+            reveal |= spread(surety(logits, "confidence")) > threshold
             quota = reveal.sum(1).cpu()
         row = places(reveal.flatten()[at], int(quota.sum()))
         return at[row], logits[row], quota
@@ -197,18 +205,17 @@ class Masked(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, steps, noise=1.0, schedule="linear", order="random", threshold=1.0, remask=0.0,
                guidance=0.0, temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: the start with [MASK]s, then after each network call.
+        """Yields (tokens, certainty), (B, T) each: the start with [MASK]s, then after each step.
 
         x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: that share of it is masked. A
         step chooses which tokens to reveal, at random or the surest first (MaskGIT, arXiv:2202.04200), and
-        draws them; the last leaves none. min(steps, unknown tokens) steps at most, each revealing one or
-        more; with remask, steps, each also taking back that share of the revealed ones (ReMDM,
-        arXiv:2503.00307). certainty is 1 for what is revealed and 0 for [MASK].
+        draws them; the last leaves none. There are min(steps, unknown tokens) at most, each revealing one or
+        more; with remask up to steps, which also take back that share of what was revealed, on average
+        (ReMDM, arXiv:2503.00307). certainty is 1 for what is revealed and 0 for [MASK].
         """
-        n = (~known).sum(1).cpu()                       # on the CPU: no later step waits for the device
+        n = (~known).sum(1).cpu()                       # from here on only a threshold waits for the device
         first = left = (n * noise).round().long().clamp(min=1).minimum(n)
-        x = x.masked_fill(choose(torch.rand(x.shape, device=x.device).where(~known, -1), left.to(x.device)),
-                          self.V)
+        x = x.masked_fill(lot(~known, left), self.V)
         steps = steps if remask else min(steps, int(left.max()))
         yield x, (x != self.V).float()
         for i in range(1, steps + 1):
@@ -219,14 +226,15 @@ class Masked(nn.Module):
             if not remask:
                 after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
             after = after.minimum(left)
-            back = (remask * (n - left)).long().minimum(after)
-            old = (x != self.V) & ~known
-            at, logits, shown = self.pick(x, known, left, left - after + back, order, threshold, guidance)
+            back = (remask * (n - left) + torch.rand(len(n))).long().minimum(after)     # rounded at random
+            quota, old = left - after + back, (x != self.V) & ~known
+            if threshold == 1 and not quota.any():      # with remask and many steps
+                continue
+            at, logits, shown = self.pick(x, known, left, quota, order, threshold, guidance)
             token = draw(probabilities(logits, temperature, top_k, top_p))
             x = x.flatten().index_copy(0, at, token).view(x.shape)
             if remask:
-                chance = torch.rand(x.shape, device=x.device).where(old, -1)
-                x = x.masked_fill(choose(chance, back.to(x.device)), self.V)
+                x = x.masked_fill(lot(old, back), self.V)
             left = left - shown + back
             yield x, (x != self.V).float()
 
@@ -402,7 +410,7 @@ class Embed(nn.Module):
 
     def settle(self, logits, E, temperature, top_k, top_p):
         """e0 (B, T, D), the likeliest tokens (B, T) and their probabilities, of the logits (B, T, V)."""
-        parts, n = [], 2 ** (21 if logits.device.type == "cpu" else 28) // self.V       # stays in the cache
+        parts, n = [], 2 ** (21 if logits.device.type == "cpu" else 25) // self.V       # of a CPU: its cache
         for rows in logits.flatten(0, 1).split(max(1, n)):
             p = probabilities(rows, temperature, top_k, top_p)
             mass, (best, token) = p.sum(-1), p.max(-1)
@@ -412,7 +420,7 @@ class Embed(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, steps, noise=1.0, schedule="linear", eta=1.0, guidance=0.0, temperature=1.0,
                top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps network calls.
+        """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps.
 
         x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: it is noised to t = noise. eta
         1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33), eta 0 deterministic (DDIM,
@@ -442,7 +450,7 @@ class Embed(nn.Module):
             e0 = sc
             if before is not None:                      # goes on as it moved in the last step
                 e0 = sc + self.AHEAD / 2 * (sc - before) * (
-                    (logsnr[i + 1] - logsnr[i]) / (logsnr[i] - logsnr[i - 1]))
+                    (logsnr[i + 1] - logsnr[i]) / (logsnr[i] - logsnr[i - 1]).clamp(min=1e-5))
             # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
             fresh = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
             z = (alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - fresh).sqrt() * (z - alpha[i] * e0) / sigma[i]

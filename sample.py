@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from html import escape
 
 import torch
@@ -22,6 +23,7 @@ from data import Tokenizer, load_weights
 from data import load as load_checkpoint
 from diffusion import PROCESSES
 
+sys.stdout.reconfigure(errors="replace")                # · or 世 where the terminal has no such character
 cfg = hardware(load(SampleConfig))
 
 # ------------------------------------------------------------------------------------------------------------
@@ -29,15 +31,18 @@ cfg = hardware(load(SampleConfig))
 
 path = os.path.join(cfg.out_dir, "model.pt")
 ckpt = load_checkpoint(path)
-trained = replace(Config(**ckpt["config"]), device=cfg.device, dtype=cfg.dtype)
+try:
+    trained = replace(Config(**ckpt["config"]), device=cfg.device, dtype=cfg.dtype)
+    tokenizer = Tokenizer(ckpt["meta"])
+    about = f"bound {ckpt['nelbo']:.4f} nats/token, trained on {ckpt['meta']['source']}"
+except (TypeError, ValueError, LookupError) as e:
+    fail(f"{path} isn't a model of this version ({type(e).__name__}: {e})")
 block = trained.block_size
-tokenizer = Tokenizer(ckpt["meta"])
 model = PROCESSES[trained.process](trained, tokenizer.V)
 load_weights(model, ckpt["model"], path)
 model.to(cfg.device).eval()
 n_params = sum(p.numel() for p in model.parameters())
-print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, "
-      f"step {ckpt['step']}, bound {ckpt['nelbo']:.4f} nats/token, trained on {ckpt['meta']['source']}",
+print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, step {ckpt['step']}, {about}",
       file=sys.stderr)
 
 names = "schedule", "guidance", "order", "threshold", "remask", "eta", "temperature", "top_k", "top_p"
@@ -62,12 +67,11 @@ if bool(cfg.text) + bool(cfg.prompt_file) + bool(cfg.edit) > 1:
     fail("text, prompt_file and edit each say what to start from: give one of them")
 longest = cfg.length or block
 if cfg.edit:
-    pieces, gaps = [read(cfg.edit) if os.path.isfile(cfg.edit) else cfg.edit], []
+    parts = [read(cfg.edit) if os.path.isfile(cfg.edit) else cfg.edit]
     settings["noise"] = cfg.noise
 else:                                                   # text, n, text, n, ..., text
-    pieces = re.split(r"\{(\d{1,18})\}", read(cfg.prompt_file) if cfg.prompt_file else cfg.text)
-    pieces, gaps = pieces[::2], [int(n) for n in pieces[1::2]]
-pieces = [tokenizer.encode(piece) for piece in pieces]
+    parts = re.split(r"\{(\d{1,18})\}", read(cfg.prompt_file) if cfg.prompt_file else cfg.text)
+pieces, gaps = [tokenizer.encode(part) for part in parts[::2]], [int(n) for n in parts[1::2]]
 total = sum(map(len, pieces)) + sum(gaps)
 if total > longest:
     fail(f"the text has {total} tokens, of which at most {longest} are written: pass --length={total} "
@@ -79,7 +83,8 @@ for gap, piece in zip(gaps, pieces[1:]):
     ids += [tokenizer.V] * gap + piece
     known += [False] * gap + [True] * len(piece)
 if all(known):
-    fail(f"the text has {len(ids)} tokens, none of them unknown: put {{n}} where n should be written")
+    fail(f"the text has {len(ids)} tokens, none of them unknown: put {{n}} where n are to be written, or pass "
+         "a larger --length")
 if cfg.guidance and not any(known):
     fail("guidance follows what is known, and nothing is: give a text")
 if cfg.noise != SampleConfig.noise and not cfg.edit:
@@ -127,6 +132,10 @@ rect {{ fill: #0d1117 }} text {{ fill: #e6edf3 }} .noise {{ fill: #656c76 }} .ne
 """
 
 
+def wide(c):
+    return unicodedata.east_asian_width(c) in "WF"      # takes two columns
+
+
 def layer(cells, style):
     """The <text> of one style: lines of single characters, blank where another style writes."""
     lines = ["".join(line).rstrip() for line in cells]
@@ -144,17 +153,19 @@ def animation(pictures, wrap=64, seconds=0.12, hold=3):
     for piece, _ in pictures[-1]:
         room.append([])
         for c in piece:
-            if x == wrap:
+            if x == wrap and c != "\n":
                 y, x = y + 1, 0
             room[-1].append((y, x))
-            y, x = (y + 1, 0) if c == "\n" else (y, x + 1)
-    n_lines, n_columns = y + 1, 1 + max(x for cells in room for _, x in cells)
+            y, x = (y + 1, 0) if c == "\n" else (y, x + 1 + wide(c))
+    n_lines, n_columns = y + 1, 2 + max(x for cells in room for _, x in cells)
     frames = []
     for i, pairs in enumerate(pictures):
         cells = {style: [[" "] * n_columns for _ in range(n_lines)] for style in ("noise", "new", "settled")}
         for spot, (piece, style) in zip(room, pairs):
             for (y, x), c in zip(spot, piece):
                 cells[style][y][x] = c if c.isprintable() else " "
+                if wide(c):
+                    cells[style][y][x + 1] = ""
         delay = f'f" style="animation-delay:{i * seconds:.2f}s' if i + 1 < len(pictures) else "l"
         layers = "".join(layer(lines, style) for style, lines in cells.items())
         frames.append(f'<g class="{delay}">{layers}</g>')
@@ -188,10 +199,11 @@ def count(*_):
     bar.update()
 
 
-fits = 2 ** 28 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd))      # in about 4 GB
-n_at_once = max(1, fits)
+# so many samples at once that they fit into a few GB; the first one is looked at, in 48 to 96 of its states
+n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))
 watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-calls, states, interrupted = 0, [], False
+calls, interrupted = 0, False
+state, states, every, seen = None, [], 1, 0
 bar = tqdm(desc="network calls", disable=True if watch else None)
 model.net.register_forward_hook(count)
 torch.manual_seed(cfg.seed)
@@ -201,10 +213,16 @@ while done < cfg.num_samples and not interrupted:
     tokens, given = torch.tensor([[ids] * n, [known] * n], device=cfg.device)
     try:
         for tokens, certainty in write(tokens, given.bool()):  # noqa: B020 (it goes on where it is stopped)
-            if not done and (watch or cfg.svg):         # the first sample is the one to look at
-                states.append((tokens[0].tolist(), certainty[0].tolist()))
-            if not done and watch:
-                show(picture(states[-1][0], states[-2:][0][0], states[-1][1]))
+            if not done and (watch or cfg.svg):
+                before, state = state, (tokens[0].tolist(), certainty[0].tolist())
+                if watch:
+                    show(picture(state[0], (before or state)[0], state[1]))
+                if seen % every == 0:
+                    states.append(state)
+                if len(states) == 96:
+                    del states[1::2]
+                    every *= 2
+                seen += 1
         rows = tokens.tolist()                          # waits for the device
     except KeyboardInterrupt:
         interrupted, rows = True, tokens.tolist()
@@ -215,11 +233,12 @@ bar.close()
 seconds = time.time() - start
 written = done * (len(known) - sum(known))
 print(f"{written} tokens in {calls} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s"
-      + (" (interrupted: · is still unknown)" if interrupted else ""), file=sys.stderr)
+      if not interrupted else f"interrupted after {calls} network calls: the last samples are not done",
+      file=sys.stderr)
 if cfg.svg and states:
-    n = min(49, len(states))
+    n = min(48, len(states))
     states = [states[round(i * (len(states) - 1) / max(1, n - 1))] for i in range(n)]
-    pairs = zip([states[0], *states], [*states, states[-1]])        # in the last picture, all is settled
-    pictures = [picture(now[0], old[0], now[1]) for old, now in pairs]
+    end = state[0], [float(token < tokenizer.V) for token in state[0]]          # settled, where it is text
+    pairs = zip([states[0], *states, state], [*states, state, end])
     with open(cfg.svg, "w", encoding="utf-8") as f:
-        f.write(animation(pictures))
+        f.write(animation([picture(now[0], old[0], now[1]) for old, now in pairs]))

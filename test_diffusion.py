@@ -529,7 +529,13 @@ def test_config_files_load(name):
     (Config, ["--process=msked"], "process 'msked' masked, embed"),
     (Config, ["--dtype=float8"], "dtype 'float8' bfloat16"),
     (SampleConfig, ["--eta=1.5"], "eta 1.5 [0, 1]"),
-    (SampleConfig, ["--steps=0"], "steps 0 at least 1"),
+    (SampleConfig, ["--steps=0"], "steps 0 from 1 to a million"),
+    (SampleConfig, ["--length=-1"], "length -1 from 0 to a million"),
+    (SampleConfig, ["--noise=0"], "noise 0.0 in (0, 1]"),
+    (SampleConfig, ["--threshold=1.5"], "threshold 1.5 in (0, 1]"),
+    (SampleConfig, ["--remask=1"], "remask 1.0 in [0, 1)"),
+    (SampleConfig, ["--guidance=-1"], "guidance -1.0 0 or more"),
+    (SampleConfig, ["--remask"], "remask float ''"),
     (SampleConfig, ["--temperature=-1"], "temperature -1"),
     (SampleConfig, ["--top_p=0"], "top_p 0.0 in (0, 1]"),
     (SampleConfig, ["--top_p=1.5"], "top_p 1.5 (0, 1]"),
@@ -1112,6 +1118,19 @@ def test_sampling_refuses_what_it_cannot_use(here, words, flags):
     assert words in stop.value.code and "\n" not in stop.value.code
 
 
+@pytest.mark.parametrize("change", [{"config": {"colour": 1}}, {"config": {"n_head": 5}}, {"meta": {}},
+                                    {"config": None}, {"nelbo": None}, {"model": {}}])
+def test_sampling_refuses_models_of_other_versions(here, change):
+    os.makedirs("other", exist_ok=True)
+    ckpt = load_checkpoint("out/model.pt")
+    for key, value in change.items():
+        ckpt[key] = ckpt[key] | value if key == "config" and value else value
+    torch.save(ckpt, "other/model.pt")
+    with pytest.raises(SystemExit) as stop:
+        script("sample.py", "--out_dir=other")
+    assert "other/model.pt" in stop.value.code and "version" in stop.value.code
+
+
 def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
@@ -1191,7 +1210,7 @@ def test_svg_holds_every_frame_and_ends_with_the_text(here, capsys):
                                "--num_samples=2", "--svg=a.svg")
         assert os.path.getsize("a.svg") < 100_000
         groups = ElementTree.parse("a.svg").getroot().findall(f"{namespace}g/{namespace}g")
-        assert len(groups) == 50 and not groups[-1].findall(f"{namespace}text[@class='new']")
+        assert len(groups) == 50 and len(groups[-1]) == 1 and groups[-1][0].get("class") == "settled"
         lines = {}
         for span in groups[-1].iter(f"{namespace}tspan"):
             old = lines.get(int(span.get("y")), "")
@@ -1199,6 +1218,31 @@ def test_svg_holds_every_frame_and_ends_with_the_text(here, capsys):
                 a if b == " " else b for a, b in itertools.zip_longest(old, span.text, fillvalue=" "))
         drawn = "".join(lines[y].rstrip() for y in sorted(lines)).replace(" ", "")
         assert drawn == re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize("text, lines", [
+    (64 * "a" + "\nb", {24: 64 * "a", 44: "b"}), (65 * "a", {24: 64 * "a", 44: "a"}),
+    ("a\n\nb", {24: "a", 64: "b"}),
+    ("世世<", {24: "世世<"}), ("a\x07\tb", {24: "a  b"})])
+def test_svg_lays_text_out_in_lines_and_columns(here, text, lines):
+    animation = script("sample.py", "--num_samples=1", "--steps=1")["animation"]
+    root = ElementTree.fromstring(animation([[(c, "settled") for c in text]]))
+    assert {int(span.get("y")): span.text for span in root.iter("{http://www.w3.org/2000/svg}tspan")} == lines
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-50}, {"top_p": 1e-50}])
+def test_settings_beyond_float32_mean_greedy(settings):
+    logits = torch.randn(3, 9)
+    p = probabilities(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings)
+    assert (p.argmax(-1) == logits.argmax(-1)).all() and ((p > 0).sum(-1) == 1).all()
+
+
+def test_embed_survives_steps_closer_than_float32():
+    model = build("embed", 11)
+    x = torch.randint(11, (2, 32))
+    for noise, schedule in (1e-6, "linear"), (1e-4, "cosine"):
+        *_, (y, certainty) = model.sample(x, torch.zeros_like(x).bool(), 64, noise=noise, schedule=schedule)
+        assert (y == x).float().mean() > 0.95 and certainty.isfinite().all()
 
 
 def test_pieces_of_byte_pairs_keep_halves_of_characters_together():
