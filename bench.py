@@ -43,7 +43,7 @@ class Causal(Masked):
 
     def flops(self, T):
         attention = 4 * len(self.net.blocks) * T * self.net.table.size(2)       # half of it is computed
-        return 3 * (self.net.flops(T) - attention / 2 + 2 * self.head.weight.numel())
+        return 3 * (self.net.flops(T) - attention / 2 + 2 * self.V * self.stem.embedding_dim)
 
     def forward(self, x0, t):
         logits = self.denoise(x0, t)[:, :-1].flatten(0, 1)

@@ -92,9 +92,9 @@ class Masked(nn.Module):
     def __init__(self, cfg, V):
         super().__init__()
         self.V = V                                      # also the id of [MASK], which the head doesn't have
-        self.stem = nn.Embedding(V + 1, cfg.n_embd)
+        self.stem = nn.Embedding(V + 1, cfg.n_embd)     # its first V rows are the head, too
+        nn.init.normal_(self.stem.weight, std=cfg.n_embd ** -0.5)
         self.net = Transformer(cfg)
-        self.head = Linear(cfg.n_embd, V)
         self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
 
     MEASURES = "cross-entropy", "accuracy"
@@ -104,7 +104,7 @@ class Masked(nn.Module):
 
     def flops(self, T):
         """Of a training step, per token: forward and twice that backward, the head at the masked half."""
-        return 3 * (self.net.flops(T) + 2 * self.head.weight.numel() * (T + 1) / (2 * T))
+        return 3 * (self.net.flops(T) + 2 * self.V * self.stem.embedding_dim * (T + 1) / (2 * T))
 
     def count(self, t, T):
         """k (B,), the number of masked tokens at t: uniform on 1..T if t is, and T + 1 - k at 1 - t."""
@@ -123,7 +123,7 @@ class Masked(nn.Module):
         h = self.net(self.stem(xt), t)
         if at is not None:
             h = h.flatten(0, 1).index_select(0, at)
-        return self.head(h).float() + self.bias
+        return F.linear(h, self.stem.weight[:self.V].to(h.dtype)).float() + self.bias
 
     def denoise_at(self, xt, t, at):
         """Rows at (K,) of the logits, (K, V), also from a denoise that knows no `at` (an exact posterior)."""

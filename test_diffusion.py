@@ -251,7 +251,7 @@ def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
     V, T = 3, 4
     model = build("masked", V, block_size=T)
     with torch.no_grad():
-        model.head.weight.mul_(3)
+        model.stem.weight.mul_(3)
         for p in model.net.parameters():
             p.add_(0.3 * torch.randn_like(p))
     x0 = torch.tensor([[2, 0, 1, 1]])
