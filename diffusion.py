@@ -247,7 +247,7 @@ class Embed(nn.Module):
     learned: equal pieces of t carry equal parts of the bound.
     """
     BINS = 64           # of logsnr, for the learned schedule
-    OWN_EVERY = 2       # training rows that get a second look (self-conditioning)
+    FIRST_EVERY = 4     # of training rows that one learns a first look; the others a second (self-conditioning)
     KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
     RAMP = 0.1          # share of the schedule that only rises towards the clean end, which would starve
     AHEAD = 2.0         # how far sampling steps lead the estimate's motion; 0: first order, 1: second
@@ -277,8 +277,8 @@ class Embed(nn.Module):
         """Of a training step, per token: forward and twice that backward, a second look at some rows, and
         the estimates: the first of all, of the second look, and of every 4th token for the schedule."""
         forward = self.net.flops(T) + 2 * self.head.weight.numel() + 2 * self.weight.numel()
-        estimates = (2 + 1 / self.OWN_EVERY + 1 / 4) * 2 * self.weight.numel()
-        return (3 + 1 / self.OWN_EVERY) * forward + estimates
+        second = 1 - 1 / self.FIRST_EVERY
+        return (3 + second) * forward + (2 + second + 1 / 4) * 2 * self.weight.numel()
 
     # ---- the schedule
 
@@ -354,7 +354,7 @@ class Embed(nn.Module):
     def forward(self, x0, t):
         """What training minimises: the mean cross-entropy of the unknown tokens."""
         B, T = x0.shape
-        device, n = x0.device, self.OWN_EVERY
+        device = x0.device
         # in some rows a part is known: a beginning, or scattered tokens
         place = torch.where(torch.rand(B, 1, device=device) < 0.5,
                             torch.arange(T, device=device) / T, torch.rand(B, T, device=device))
@@ -364,8 +364,9 @@ class Embed(nn.Module):
         # some rows learn to use a better estimate than that of each token alone: their own
         with torch.no_grad():
             sc = self.first(xt, t, known)
-            own = self.estimate(self.denoise(xt[::n], t[::n], sc[::n], known[::n]), xt[::n], known[::n])
-            sc = sc.slice_scatter(own, step=n)
+            row = places(torch.arange(B, device=device) % self.FIRST_EVERY > 0, B - -(-B // self.FIRST_EVERY))
+            own = self.estimate(self.denoise(xt[row], t[row], sc[row], known[row]), xt[row], known[row])
+            sc = sc.index_copy(0, row, own)
         logits = self.denoise(xt, t, sc, known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-# Masked diffusion of GPT-2's size on OpenWebText: 85 M parameters in the blocks, 166 M in all.
+# Masked diffusion of GPT-2's size on OpenWebText: 85 M parameters in the blocks, 127 M in all.
 #
 #     python prepare_openwebtext.py                                       # once: 18 GB in data/openwebtext
 #     torchrun --nproc_per_node=3 train.py config/owt_masked.py
@@ -14,8 +14,8 @@
 # - work: 739 MFLOP a token, 7.3e19 in all. At 40 % of the 989 TFLOP/s of an H100 or H200: 2.1 days on one,
 #   0.7 on 3, 0.3 on 8. An A100 takes 3.2 times as long.
 # - learning rates: those of the small models in results/bpe.md, not tuned at this size.
-# - memory: weights, gradients and average 2.0 GB, momenta 1.0 GB, DDP's copy of the gradients 0.7 GB; about
-#   0.4 GB of activations for each sequence of a micro-batch: 5 GB with micro-batches of 4, 10 with 16.
+# - memory: weights, gradients and average 1.5 GB, momenta 0.7 GB, DDP's copy of the gradients 0.5 GB; about
+#   0.4 GB of activations for each sequence of a micro-batch: 4 GB with micro-batches of 4, 9 with 16.
 out_dir = "out-owt-masked"
 dataset = "openwebtext"
 process = "masked"

@@ -1,7 +1,7 @@
 """Trains with one choice of optimizer, head, loss or decay changed, through train.py as it is.
 
     python results/bpe_ablations.py prepare corpus corpus4k
-    python results/bpe_ablations.py "separate head" --dataset=corpus4k --max_iters=1000    # a variant below, then flags
+    python results/bpe_ablations.py "separate head" --dataset=corpus4k --max_iters=600      # a variant below
 
 Prints the variant's row: its bound. `prepare` makes of a dataset of byte pairs one in which the 4,095 most
 frequent tokens keep apart and the rest is one more: so small a run hardly leaves the unigram entropy of all.

@@ -36,7 +36,7 @@ class NoFirstLook(Embed):
 
 class NoSelfConditioning(Embed):
     """One look, in training, in the bound and while sampling."""
-    OWN_EVERY = 10 ** 9
+    FIRST_EVERY = 1
 
     def denoise(self, xt, t, sc=None, known=None):
         return super().denoise(xt, t, None, known)
@@ -46,8 +46,8 @@ class MoreRamp(Embed):
     RAMP = 0.25
 
 
-class OwnEvery4(Embed):
-    OWN_EVERY = 4
+class SecondLookAtHalf(Embed):
+    FIRST_EVERY = 2
 
 
 class FirstOrder(Embed):
@@ -109,7 +109,7 @@ class MSE(Embed):
 
 
 VARIANTS = {"as it is": Embed, "no posterior": NoPosterior, "no first look": NoFirstLook,
-            "no self-conditioning": NoSelfConditioning, "own every 4": OwnEvery4,
+            "no self-conditioning": NoSelfConditioning, "second look at half": SecondLookAtHalf,
             "ramp 1/4": MoreRamp, "first order": FirstOrder, "known 0": Known0, "known 1/4": Known4,
             "cosine": Cosine, "sqrt": Sqrt, "uniform": Uniform, "mse": MSE, "masked": diffusion.Masked}
 
