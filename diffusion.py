@@ -36,7 +36,7 @@ def times(rng, n_micro, B):
 
 def choose(score, k):
     """(B, T) bool: in each row of score (B, T) the k (B,) highest; exactly k of them, ties or not."""
-    k = k.to(score.device, non_blocking=score.is_cuda)                          # so that the host need not wait
+    k = k.to(score.device, non_blocking=score.is_cuda)                          # so the host need not wait
     first = torch.arange(score.size(1), device=score.device) < k[:, None]
     return torch.zeros_like(first).scatter(1, score.argsort(1, descending=True), first)
 
@@ -247,7 +247,7 @@ class Embed(nn.Module):
     learned: equal pieces of t carry equal parts of the bound.
     """
     BINS = 64           # of logsnr, for the learned schedule
-    FIRST_EVERY = 4     # of training rows that one learns a first look; the others a second (self-conditioning)
+    FIRST_EVERY = 4     # of so many training rows one learns a first look; the rest a second
     KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
     RAMP = 0.1          # share of the schedule that only rises towards the clean end, which would starve
     AHEAD = 2.0         # how far sampling steps lead the estimate's motion; 0: first order, 1: second

@@ -83,8 +83,8 @@ for gap, piece in zip(gaps, pieces[1:]):
     ids += [tokenizer.V] * gap + piece
     known += [False] * gap + [True] * len(piece)
 if all(known):
-    fail(f"the text has {len(ids)} tokens, none of them unknown: put {{n}} where n are to be written, or pass "
-         "a larger --length")
+    fail(f"the text has {len(ids)} tokens, none of them unknown: put {{n}} where n are to be written, or "
+         "pass a larger --length")
 if cfg.guidance and not any(known):
     fail("guidance follows what is known, and nothing is: give a text")
 if cfg.noise != SampleConfig.noise and not cfg.edit:

@@ -20,7 +20,7 @@ from data import Tokenizer, load
 from diffusion import PROCESSES
 
 SETTINGS = {"masked": [{"order": order} for order in ("random", "confidence", "margin", "entropy")]
-            + [{"remask": 0.1}, {"order": "random", "threshold": 0.9}],
+            + [{"remask": 0.02}, {"order": "random", "threshold": 0.9}],
             "embed": [{"eta": eta} for eta in (1.0, 0.5, 0.0)]}
 STEPS = 4, 8, 16, 32, 64, 128, 256
 
@@ -58,8 +58,8 @@ def main(*folders, plot=None):
                     continue                            # it makes one call for each token at most
                 row = measure(model, judge, tokenizer, cfg.block_size, steps, settings)
                 curves.setdefault(name, []).append((row["calls"], row["5-gram nats"], row["entropy"]))
-                print(f"| {name} | {steps} | {row['calls']} | {row['seconds']:.1f} | {row['5-gram nats']:.3f} "
-                      f"| {row['real words']:.3f} | {row['entropy']:.3f} |", flush=True)
+                print(f"| {name} | {steps} | {row['calls']} | {row['seconds']:.1f} "
+                      f"| {row['5-gram nats']:.3f} | {row['real words']:.3f} | {row['entropy']:.3f} |", flush=True)
     if plot:
         draw(curves, plot)
 
