@@ -206,7 +206,7 @@ calls, interrupted = 0, False
 state, states, every, seen = None, [], 1, 0
 bar = tqdm(desc="network calls", disable=True if watch else None)
 model.net.register_forward_hook(count)
-torch.manual_seed(cfg.seed)
+torch.manual_seed(-1 - cfg.seed)    # not as in training: the first noise would be the embeddings it drew
 start, done = time.time(), 0
 while done < cfg.num_samples and not interrupted:
     n = min(n_at_once, cfg.num_samples - done)

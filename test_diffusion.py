@@ -1173,6 +1173,21 @@ def test_a_text_is_rewritten_the_more_the_noise(here, capsys):
     assert len(new) == 90 and sum(a == b for a, b in zip(new, 3 * text)) > 80
 
 
+def test_noise_of_sampling_is_not_the_embeddings_of_training(here, monkeypatch):
+    script("train.py", *SMALL, "--process=embed", "--max_iters=1", "--seed=7", "--out_dir=seed7")
+    states, sample = [], PROCESSES["embed"].sample
+
+    def kept(*args, **settings):
+        for state in sample(*args, **settings):
+            states.append(state[0])
+            yield state
+
+    monkeypatch.setattr(PROCESSES["embed"], "sample", kept)
+    script("sample.py", "--out_dir=seed7", "--seed=7", "--steps=1", "--num_samples=1")
+    # the same random numbers would make position i look like token i
+    assert (states[0][0] == torch.arange(32)).float().mean() < 0.2
+
+
 def test_an_interrupted_run_prints_what_it_has(here, capsys, monkeypatch):
     generators = []
 

@@ -202,7 +202,7 @@ def report():
     save(common)
     with open(log_path, "a", newline="") as f:
         csv.writer(f).writerow([step, f"{mean_loss:.4f}", f"{nelbo:.4f}", f"{se:.4f}", seconds])
-    torch.manual_seed(0)
+    torch.manual_seed(-1)                # not cfg.seed: the noise would be the embeddings that it drew
     known = torch.zeros(4 if step == cfg.max_iters else 1, T, dtype=torch.bool, device=cfg.device)
     *_, (tokens, _) = ema.sample(known.long(), known, min(T, 128))
     tqdm.write("\n".join(["-" * 80] + [tokenizer.decode(row) + "\n" + "-" * 80 for row in tokens.tolist()]))
