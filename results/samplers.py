@@ -1,6 +1,7 @@
-"""Quality against cost of each sampler: a table, and a plot where matplotlib is installed.
+"""Quality against cost of each sampler: a table, and a plot of it (which takes matplotlib).
 
-    python results/samplers.py out out-embed [--plot assets/samplers.png]
+    python results/samplers.py out out-embed > results/samplers.md
+    python results/samplers.py plot results/samplers.md assets/samplers.png
 
 For the models in these folders, a masked and an embed one: 64 samples of a block, judged by judge.py.
 """
@@ -39,8 +40,7 @@ def measure(model, judge, tokenizer, block, steps, settings):
     return row | {"calls": len(calls), "seconds": seconds}
 
 
-def main(*folders, plot=None):
-    curves = {}
+def main(*folders):
     print("| model | steps | calls | seconds | 5-gram nats/char | real words | entropy |")
     print("|---" * 7 + "|")
     for folder in folders:
@@ -57,20 +57,22 @@ def main(*folders, plot=None):
                 if cfg.process == "masked" and steps > cfg.block_size and "remask" not in settings:
                     continue                            # it makes one call for each token at most
                 row = measure(model, judge, tokenizer, cfg.block_size, steps, settings)
-                curves.setdefault(name, []).append((row["calls"], row["5-gram nats"], row["entropy"]))
                 print(f"| {name} | {steps} | {row['calls']} | {row['seconds']:.1f} "
                       f"| {row['5-gram nats']:.3f} | {row['real words']:.3f} | {row['entropy']:.3f} |", flush=True)
-    if plot:
-        draw(curves, plot)
 
 
-def draw(curves, path):
+def draw(table, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    curves = {}
+    with open(table) as f:
+        rows = [line.strip("| \n").split(" | ") for line in f if line.startswith(("| masked", "| embed"))]
+    for name, *row in rows:
+        curves.setdefault(name, []).append([float(value) for value in row])
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for name, points in curves.items():
-        calls, nats, entropy = zip(*points)
+        _, calls, _, nats, _, entropy = zip(*points)
         for ax, values in zip(axes, (nats, entropy)):
             ax.plot(calls, values, "o-" if name.startswith("embed") else "s--", markersize=4, label=name)
     for ax, title in zip(axes, ("5-gram nats/char (text: 1.67)", "entropy of characters (text: 3.32)")):
@@ -82,6 +84,7 @@ def draw(curves, path):
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    target = words.pop(words.index("--plot") + 1) if "--plot" in words else None
-    main(*[word for word in words if word != "--plot"], plot=target)
+    if sys.argv[1] == "plot":
+        draw(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])
