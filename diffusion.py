@@ -56,7 +56,8 @@ def probabilities(logits, temperature, top_k, top_p):
     then outside the fewest with the share top_p of the rest. temperature 0: the likeliest token only."""
     if temperature < 1e-30:                             # float32 ends there
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    p = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    p = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    p = p.clamp_(min=-80).exp_()                        # further down float32 has slow numbers only
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
