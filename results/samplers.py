@@ -57,8 +57,8 @@ def main(*folders):
                 if cfg.process == "masked" and steps > cfg.block_size and "remask" not in settings:
                     continue                            # it makes one call for each token at most
                 row = measure(model, judge, tokenizer, cfg.block_size, steps, settings)
-                print(f"| {name} | {steps} | {row['calls']} | {row['seconds']:.1f} "
-                      f"| {row['5-gram nats']:.3f} | {row['real words']:.3f} | {row['entropy']:.3f} |", flush=True)
+                print(f"| {name} | {steps} | {row['calls']} | {row['seconds']:.1f} | {row['5-gram nats']:.3f} "
+                      f"| {row['real words']:.3f} | {row['entropy']:.3f} |", flush=True)
 
 
 def draw(table, path):
