@@ -203,7 +203,7 @@ def count(*_):
 n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))
 watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
 calls, interrupted = 0, False
-state, states, every, seen = None, [], 1, 0
+state, states, every = None, [], 1
 bar = tqdm(desc="network calls", disable=True if watch else None)
 model.net.register_forward_hook(count)
 torch.manual_seed(-1 - cfg.seed)    # not as in training: the first noise would be the embeddings it drew
@@ -212,7 +212,7 @@ while done < cfg.num_samples and not interrupted:
     n = min(n_at_once, cfg.num_samples - done)
     tokens, given = torch.tensor([[ids] * n, [known] * n], device=cfg.device)
     try:
-        for tokens, certainty in write(tokens, given.bool()):  # noqa: B020 (it goes on where it is stopped)
+        for seen, (tokens, certainty) in enumerate(write(tokens, given.bool())):  # noqa: B020 (goes on)
             if not done and (watch or cfg.svg):
                 before, state = state, (tokens[0].tolist(), certainty[0].tolist())
                 if watch:
@@ -222,7 +222,6 @@ while done < cfg.num_samples and not interrupted:
                 if len(states) == 96:
                     del states[1::2]
                     every *= 2
-                seen += 1
         rows = tokens.tolist()                          # waits for the device
     except KeyboardInterrupt:
         interrupted, rows = True, tokens.tolist()

@@ -147,17 +147,28 @@ def test_bound_of_a_wrong_posterior_is_above_the_entropy(process):
     assert bound > CHAIN_NATS + 4 * se
 
 
+def has_the_chains_transitions(x):
+    """Whether each share of pairs in x (n, T_CHAIN) is within five standard errors of the chain's."""
+    pairs = torch.bincount((x[:, :-1] * V_CHAIN + x[:, 1:]).flatten(), minlength=V_CHAIN ** 2)
+    share, expected = pairs.view(V_CHAIN, V_CHAIN) / pairs.sum(), START[:, None] * CHAIN
+    se = (expected * (1 - expected) / pairs.sum()).sqrt()
+    return bool(((share - expected).abs() < 5 * se).all())
+
+
+def is_distributed(tokens, weights):
+    """Whether tokens (n,) are drawn in proportion to weights (V_CHAIN,), within 4.5 standard errors each."""
+    truth = weights / weights.sum()
+    share = torch.bincount(tokens, minlength=V_CHAIN) / len(tokens)
+    return bool(((share - truth).abs() < 4.5 * (truth * (1 - truth) / len(tokens)).sqrt() + 1e-9).all())
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 def test_samples_of_the_exact_posterior_have_the_chains_transitions(process):
     torch.manual_seed(0)
     n = 3000
     known = torch.zeros(n, T_CHAIN, dtype=torch.bool)
     *_, (x, _) = exact_chain(process).sample(known.long(), known, {"masked": T_CHAIN, "embed": 100}[process])
-    pairs = torch.zeros(V_CHAIN, V_CHAIN).index_put((x[:, :-1].flatten(), x[:, 1:].flatten()),
-                                                    torch.tensor(1.0), accumulate=True)
-    share, expected = pairs / pairs.sum(), START[:, None] * CHAIN
-    se = (expected * (1 - expected) / pairs.sum()).sqrt()
-    assert ((share - expected).abs() < 5 * se).all()
+    assert has_the_chains_transitions(x)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -168,15 +179,9 @@ def test_infill_of_the_exact_posterior_follows_the_true_conditional(process):
     x[:, 2] = 5                                                                 # 2 ? 5
     known = torch.tensor([True, False, True]).expand(n, -1)
     *_, (y, _) = exact_chain(process).sample(x, known, {"masked": 3, "embed": 100}[process])
-    truth = CHAIN[2] * CHAIN[:, 5]
-    truth = truth / truth.sum()
-    share = torch.bincount(y[:, 1], minlength=V_CHAIN) / n
     assert (y[:, ::2] == x[:, ::2]).all()
-    assert ((share - truth).abs() < 4.5 * (truth * (1 - truth) / n).sqrt() + 1e-9).all()
+    assert is_distributed(y[:, 1], CHAIN[2] * CHAIN[:, 5])
 
-
-# ------------------------------------------------------------------------------------------------------------
-# masked: exact counts and identities
 
 @pytest.mark.parametrize("process, settings", [
     ("masked", {"noise": 0.6}), ("embed", {"noise": 0.4}), ("masked", {"remask": 0.1}),
@@ -193,10 +198,7 @@ def test_rewriting_and_remasking_leave_the_chain_as_it_is(process, settings):
         assert abs(kept - chance) < 0.02
     else:
         assert chance + 0.1 < kept < 0.95
-    pairs = torch.bincount((y[:, :-1] * V_CHAIN + y[:, 1:]).flatten(), minlength=V_CHAIN ** 2)
-    share, expected = pairs.view(V_CHAIN, V_CHAIN) / pairs.sum(), START[:, None] * CHAIN
-    se = (expected * (1 - expected) / pairs.sum()).sqrt()
-    assert ((share - expected).abs() < 5 * se).all()
+    assert has_the_chains_transitions(y)
 
 
 def test_guidance_raises_the_conditional_over_the_marginal_to_its_power():
@@ -206,10 +208,7 @@ def test_guidance_raises_the_conditional_over_the_marginal_to_its_power():
     known = torch.tensor([True, False, True]).expand(n, -1)
     for w in 0.5, 2.0:
         *_, (y, _) = exact_chain("masked").sample(x, known, 3, guidance=w)
-        truth = (CHAIN[2] * CHAIN[:, 2]) ** (1 + w) / START ** w
-        truth = truth / truth.sum()
-        share = torch.bincount(y[:, 1], minlength=V_CHAIN) / n
-        assert ((share - truth).abs() < 4.5 * (truth * (1 - truth) / n).sqrt() + 1e-9).all()
+        assert is_distributed(y[:, 1], (CHAIN[2] * CHAIN[:, 2]) ** (1 + w) / START ** w)
 
 
 def test_guidance_of_embed_makes_what_fits_the_known_tokens_likelier():
@@ -239,6 +238,9 @@ def test_threshold_reveals_at_once_what_is_certain():
     model.denoise = lambda xt, t, **_: 9 * F.one_hot(torch.zeros_like(xt), 3).float()
     assert len(list(model.sample(known.long(), known, 6, threshold=0.9))) == 2
 
+
+# ------------------------------------------------------------------------------------------------------------
+# masked: exact counts and identities
 
 def test_uniform_logits_cost_exactly_log_V():
     model = build("masked", 65)
@@ -1148,7 +1150,7 @@ def samples(capsys, *flags):
     return out.out[:-1].split("\n" + "-" * 80 + "\n"), out.err
 
 
-def test_long_texts_are_written_in_windows(here, capsys, monkeypatch):
+def test_long_texts_are_written_in_windows(here, capsys):
     (text,), err = samples(capsys, "--length=100", "--num_samples=1", "--steps=8")
     assert len(text) == 100 and "100 tokens in 44 network calls" in err          # the last window lacks 4
     with open("prompt.txt", "w") as f:

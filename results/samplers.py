@@ -21,7 +21,7 @@ from data import Tokenizer, load
 from diffusion import PROCESSES
 
 SETTINGS = {"masked": [{"order": order} for order in ("random", "confidence", "margin", "entropy")]
-            + [{"remask": 0.02}, {"order": "random", "threshold": 0.9}],
+            + [{"remask": 0.02}, {"threshold": 0.9}],
             "embed": [{"eta": eta} for eta in (1.0, 0.5, 0.0)]}
 STEPS = 4, 8, 16, 32, 64, 128, 256
 
