@@ -51,38 +51,59 @@ def places(mask, n):
     return mask.flatten().nonzero_static(size=n).squeeze(1)
 
 
+def long(x):
+    """Whether rows of x (..., V) are so long that looking at blocks of 64 first saves time on a CPU."""
+    return x.size(-1) > 4096 and x.size(-1) % 64 == 0
+
+
+def top(x, k):
+    """The k largest of each row of x (..., V) and their ids, (..., k) each."""
+    if not long(x):
+        return x.topk(k)
+    blocks = x.unflatten(-1, (-1, 64))                  # the k of them with the largest maxima hold all
+    i = blocks.amax(-1).topk(k).indices
+    values, j = blocks.take_along_dim(i[..., None], -2).flatten(-2).topk(k)
+    return values, i.gather(-1, j // 64) * 64 + j % 64
+
+
 def probabilities(logits, temperature, top_k, top_p):
-    """In proportion to softmax(logits / temperature), with zeros outside the top_k likeliest tokens (0: all),
-    then outside the fewest with the share top_p of the rest. temperature 0: the likeliest token only."""
+    """softmax(logits / temperature) of the top_k likeliest tokens (0: all), then of the fewest with the share
+    top_p of the rest; 0 for the others. temperature 0: all to the likeliest token."""
     if temperature < 1e-30:                             # float32 ends there
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    p = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    p = p.clamp_(min=-80).exp_()                        # further down float32 has slow numbers only
+    p = (logits if temperature == 1 else (logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
         before = p.cumsum(-1) - p
         p.masked_fill_(before >= max(top_p, 1e-9) * p.sum(-1, keepdim=True), 0)
-        p = torch.zeros_like(p).scatter(-1, ids, p)
+        p = torch.zeros_like(p).scatter(-1, ids, p / p.sum(-1, keepdim=True))
     return p
 
 
 def surety(logits, order):
     """(K,): how sure the logits (K, V) are: confidence (in the best), margin (to the second), entropy."""
+    p = logits.softmax(-1)
     if order == "entropy":
-        return torch.special.entr(logits.softmax(-1)).sum(-1).neg()
-    best = logits.topk(2).values if order == "margin" else logits.amax(-1, keepdim=True)
-    p = (best - logits.logsumexp(-1, keepdim=True)).exp()
-    return p[:, 0] - p[:, 1] if order == "margin" else p[:, 0]
+        return torch.special.entr(p).sum(-1).neg()
+    if order == "confidence":
+        return p.amax(-1)
+    best, second = top(p, 2)[0].unbind(1)
+    return best - second
 
 
 def draw(p):
-    """One index per row of the unnormalised probabilities p (K, V).
+    """One index (K,) per row of the probabilities p (K, V), which need not sum to 1.
 
     By inversion in float64: float32 Gumbel noise can't reach the tail of a large vocabulary, and silently
     lowers the entropy of samples (arXiv:2409.02908).
     """
-    cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
+    exact = torch.float32 if p.device.type == "mps" else torch.float64
+    if long(p):
+        blocks = p.unflatten(1, (-1, 64))
+        i = draw(blocks.sum(-1, dtype=exact))
+        return 64 * i + draw(blocks[torch.arange(len(p), device=p.device), i])
+    cdf = p.to(exact).cumsum(-1)
     u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=p.size(1) - 1)
 
@@ -410,15 +431,6 @@ class Embed(nn.Module):
                 "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
                 "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean()}
 
-    def settle(self, logits, E, temperature, top_k, top_p):
-        """e0 (B, T, D), the likeliest tokens (B, T) and their probabilities, of the logits (B, T, V)."""
-        parts, n = [], 2 ** (21 if logits.device.type == "cpu" else 25) // self.V       # of a CPU: its cache
-        for rows in logits.flatten(0, 1).split(max(1, n)):
-            p = probabilities(rows, temperature, top_k, top_p)
-            mass, (best, token) = p.sum(-1), p.max(-1)
-            parts.append((p @ E / mass[:, None], token, best / mass))
-        return [torch.cat(part).unflatten(0, logits.shape[:2]) for part in zip(*parts)]
-
     @torch.no_grad()
     def sample(self, x, known, steps, noise=1.0, schedule="linear", eta=1.0, guidance=0.0, temperature=1.0,
                top_k=0, top_p=1.0):
@@ -429,12 +441,12 @@ class Embed(nn.Module):
         arXiv:2010.02502, eq. 12). guidance is as in Masked; where it hides known tokens, it noises them like
         the others. tokens are the likeliest, certainty is their probability.
         """
-        E, place = self.table(), known[..., None]
+        E, dtype, place = self.table(), self.net.dtype, known[..., None]
         given, eps = E[x.where(known, 0)], torch.randn(*x.shape, self.D, device=x.device)
         start = eps if noise == 1 else self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))
         z = given.where(place, start)
         sc = hidden_sc = before = None
-        yield x.where(known, (z @ E.T + self.bias).argmax(-1)), known.float()
+        yield x.where(known, top(z @ E.T + self.bias, 1)[1].squeeze(-1)), known.float()
         grid = noise * torch.tensor([SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)])
         grid = grid.to(x.device)
         logsnr = self.logsnr(grid)
@@ -447,8 +459,9 @@ class Embed(nn.Module):
                 without = self.denoise(hidden, t, sc=hidden_sc)
                 hidden_sc = self.estimate(without, hidden)
                 logits = without + (1 + guidance) * (logits - without)
-            e0, tokens, certainty = self.settle(logits, E, temperature, top_k, top_p)
-            before, sc = sc, self.given(e0, z, known)
+            p = probabilities(logits, temperature, top_k, top_p)
+            certainty, tokens = (best.squeeze(-1) for best in top(p, 1))
+            before, sc = sc, self.given((p.to(dtype) @ E.to(dtype)).float(), z, known)
             e0 = sc
             if before is not None:                      # goes on as it moved in the last step
                 e0 = sc + self.AHEAD / 2 * (sc - before) * (

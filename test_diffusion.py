@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from config import Config, SampleConfig, load
 from data import Tokenizer, crops
 from data import load as load_checkpoint
-from diffusion import PROCESSES, SCHEDULES, choose, draw, probabilities, surety, times
+from diffusion import PROCESSES, SCHEDULES, choose, draw, probabilities, surety, times, top
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 8, "dtype": "float32",
@@ -454,18 +454,26 @@ def test_draws_follow_the_probabilities_and_never_take_a_zero():
 def test_truncation_keeps_the_likeliest():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 0.0]])
 
-    def normalised(*settings):
-        p = probabilities(logits, *settings)
-        return p / p.sum(-1, keepdim=True)
-
-    assert torch.allclose(normalised(1.0, 0, 1.0), logits.softmax(-1))
+    assert torch.allclose(probabilities(logits, 1.0, 0, 1.0), logits.softmax(-1))
     assert ((probabilities(logits, 1.0, 2, 1.0) > 0).sum(-1) == 2).all()
     # .644 < .7 <= .881
     assert (probabilities(logits, 1.0, 0, 0.7)[0] > 0).tolist() == [True, True, False, False]
     assert (probabilities(logits, 1.0, 0, 1e-6) > 0).sum(-1).tolist() == [1, 1]
     assert probabilities(logits, 0, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
-    assert torch.allclose(normalised(1e-20, 0, 1.0)[0], torch.tensor([1.0, 0, 0, 0]))
-    assert torch.allclose(normalised(2.0, 0, 1.0), (logits / 2).softmax(-1))
+    assert torch.allclose(probabilities(logits, 1e-20, 0, 1.0)[0], torch.tensor([1.0, 0, 0, 0]))
+    assert torch.allclose(probabilities(logits, 2.0, 0, 1.0), (logits / 2).softmax(-1))
+    assert torch.allclose(probabilities(logits, 1.0, 2, 0.9).sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("V", [65, 2 ** 13])
+def test_top_is_topk_in_rows_of_any_length(V):
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, V)
+    x[0, 0, [3, 70 % V, 71 % V]] = 9.0                  # ties, within a block and across
+    for k in 1, 2:
+        values, ids = top(x, k)
+        assert torch.equal(values, x.topk(k).values) and torch.equal(x.gather(-1, ids), values)
+        assert all(len(set(row)) == k for row in ids.flatten(0, 1).tolist())
 
 
 def test_orders_rank_by_their_measure():
