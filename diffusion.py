@@ -408,26 +408,25 @@ class Embed(nn.Module):
         zero = torch.zeros_like(t)
         clean = self.denoise(self.corrupt(x0, zero), zero).flatten(0, 1)
         nll = F.cross_entropy(clean, x0.flatten(), reduction="none").view(x0.shape)
-        xt, logits = self.refined(x0, t)
-        i = self.bin(t)[0]
+        i, p = self.bin(t)[0], self.refined(x0, t)
         q = (self.knots[i + 1] - self.knots[i]) / (self.edges[i + 1] - self.edges[i])
-        between = self.integrand(x0, self.estimate(logits, xt), self.logsnr(t)) / q[:, None]
+        between = self.integrand(x0, p @ self.table(), self.logsnr(t)) / q[:, None]
         return prior + (nll + between).mean(1)
 
     def refined(self, x0, t):
-        """xt, x0 noised to t, and logits: the mean of a second and a third look at it, each with the estimate
-        of the one before. Their errors differ: the bound is lower than that of either by 0.6 %."""
+        """Probabilities (B, T, V) of each token of x0, noised to t: the mean of a second and a third look, each
+        with the estimate of the one before. Their errors differ: the bound is lower than that of either."""
         xt = self.corrupt(x0, t)
-        second = self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t), xt))
-        return xt, (second + self.denoise(xt, t, sc=self.estimate(second, xt))) / 2
+        second = self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t), xt)).softmax(-1)
+        return (second + self.denoise(xt, t, sc=second @ self.table()).softmax(-1)) / 2
 
     def measures(self, x0, t):
         """Scalars by name, for the table by noise level, where a collapsed model shows at once."""
-        xt, logits = self.refined(x0, t)
-        e, e0 = self.table()[x0], self.estimate(logits, xt)
+        p = self.refined(x0, t)
+        e, e0 = self.table()[x0], p @ self.table()
         return {"noise share": (-self.logsnr(t)).sigmoid().mean(),
-                "cross-entropy": F.cross_entropy(logits.flatten(0, 1), x0.flatten()),
-                "accuracy": (logits.argmax(-1) == x0).float().mean(),
+                "cross-entropy": F.nll_loss(p.clamp(min=1e-30).log().flatten(0, 1), x0.flatten()),
+                "accuracy": (p.argmax(-1) == x0).float().mean(),
                 "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
                 "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean()}
 
