@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from config import Config, hardware, load
 from data import Tokenizer, crops, load_bin, load_meta
 from diffusion import Embed, Masked, times
-from model import configure_optimizers, peak_flops
+from optim import configure_optimizers, peak_flops
 
 ROUNDS, ROUND_SECONDS = 9, 0.3              # each round of each model: as many steps as fit, at least one
 

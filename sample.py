@@ -12,8 +12,6 @@ import os
 import re
 import sys
 import time
-import unicodedata
-from html import escape
 
 import torch
 from tqdm import tqdm
@@ -22,6 +20,7 @@ from config import Config, SampleConfig, fail, hardware, load, replace
 from data import Tokenizer, load_weights
 from data import load as load_checkpoint
 from diffusion import PROCESSES
+from pictures import Film
 
 sys.stdout.reconfigure(errors="replace")                # · or 世 where the terminal has no such character
 cfg = hardware(load(SampleConfig))
@@ -96,85 +95,6 @@ if cfg.svg:
         fail(f"svg {cfg.svg!r} can't be written: {e.strerror}")
 
 # ------------------------------------------------------------------------------------------------------------
-# pictures: lists of (text, style) for each token, noise, new or settled
-
-
-def picture(tokens, before, certainty):
-    return [(piece, "noise" if sure < 0.5 else "new" if token != old else "settled")
-            for piece, token, old, sure in zip(tokenizer.pieces(tokens), tokens, before, certainty)]
-
-
-def show(pairs):
-    """Draws a picture in the terminal: noise dim, new tokens green."""
-    colour = {"noise": "2", "new": "32", "settled": "0"}
-    text = "".join(f"\033[{colour[style]}m{piece}\033[0m" for piece, style in pairs)
-    print("\033[H\033[2J" + text, file=sys.stderr, flush=True)
-    time.sleep(0.05)
-
-
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" width="{width:g}">
-<style>
-rect {{ fill: #fff }} .noise {{ fill: #a0a7ae }} .new {{ fill: #1a7f37 }}
-text {{ font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }}
-text {{ white-space: pre; fill: #1f2328 }}
-.f {{ visibility: hidden; animation: f {loop:.2f}s step-end infinite }}
-.l {{ animation: l {loop:.2f}s step-end infinite }}
-@keyframes f {{ 0% {{ visibility: visible }} {shown:.3f}% {{ visibility: hidden }} }}
-@keyframes l {{ 0% {{ visibility: hidden }} {last:.3f}% {{ visibility: visible }} }}
-@media (prefers-color-scheme: dark) {{
-rect {{ fill: #0d1117 }} text {{ fill: #e6edf3 }} .noise {{ fill: #656c76 }} .new {{ fill: #3fb950 }} }}
-@media (prefers-reduced-motion: reduce) {{ .f, .l {{ animation: none }} }}
-</style>
-<rect width="100%" height="100%" rx="6"/>
-<g xml:space="preserve">
-{frames}
-</g></svg>
-"""
-
-
-def wide(c):
-    return unicodedata.east_asian_width(c) in "WF"      # takes two columns
-
-
-def layer(cells, style):
-    """The <text> of one style: lines of single characters, blank where another style writes."""
-    lines = ["".join(line).rstrip() for line in cells]
-    spans = [f'<tspan x="9" y="{20 * y + 24}">{escape(line)}</tspan>' for y, line in enumerate(lines) if line]
-    return f'<text class="{style}">{"".join(spans)}</text>' if spans else ""
-
-
-def animation(pictures, wrap=64, seconds=0.12, hold=3):
-    """An SVG of the pictures, in a loop, the last one held for some seconds.
-
-    Each token has the room that its text takes in the last picture, and shows in it what it is in the others:
-    nothing moves. Where SVG isn't animated, the last one is seen.
-    """
-    room, y, x = [], 0, 0                               # (line, column) of each character of each token
-    for piece, _ in pictures[-1]:
-        room.append([])
-        for c in piece:
-            if x == wrap and c != "\n":
-                y, x = y + 1, 0
-            room[-1].append((y, x))
-            y, x = (y + 1, 0) if c == "\n" else (y, x + 1 + wide(c))
-    n_lines, n_columns = y + 1, 2 + max(x for cells in room for _, x in cells)
-    frames = []
-    for i, pairs in enumerate(pictures):
-        cells = {style: [[" "] * n_columns for _ in range(n_lines)] for style in ("noise", "new", "settled")}
-        for spot, (piece, style) in zip(room, pairs):
-            for (y, x), c in zip(spot, piece):
-                cells[style][y][x] = c if c.isprintable() else " "
-                if wide(c):
-                    cells[style][y][x + 1] = ""
-        delay = f'f" style="animation-delay:{i * seconds:.2f}s' if i + 1 < len(pictures) else "l"
-        layers = "".join(layer(lines, style) for style, lines in cells.items())
-        frames.append(f'<g class="{delay}">{layers}</g>')
-    loop = (len(pictures) - 1) * seconds + hold
-    return SVG.format(width=8.5 * n_columns + 18, height=20 * n_lines + 20, frames="\n".join(frames),
-                      loop=loop, shown=100 * seconds / loop, last=100 * (1 - hold / loop))
-
-
-# ------------------------------------------------------------------------------------------------------------
 # the samples
 
 
@@ -199,11 +119,11 @@ def count(*_):
     bar.update()
 
 
-# so many samples at once that they fit into a few GB; the first one is looked at, in 48 to 96 of its states
+# so many samples at once that they fit into a few GB
 n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))
 watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+film = Film(tokenizer, live=watch)                      # of the first sample
 calls, interrupted = 0, False
-state, states, every = None, [], 1
 bar = tqdm(desc="network calls", disable=True if watch else None)
 model.net.register_forward_hook(count)
 torch.manual_seed(-1 - cfg.seed)    # not as in training: the first noise would be the embeddings it drew
@@ -212,16 +132,9 @@ while done < cfg.num_samples and not interrupted:
     n = min(n_at_once, cfg.num_samples - done)
     tokens, given = torch.tensor([[ids] * n, [known] * n], device=cfg.device)
     try:
-        for seen, (tokens, certainty) in enumerate(write(tokens, given.bool())):  # noqa: B020 (goes on)
+        for tokens, certainty in write(tokens, given.bool()):  # noqa: B020 (goes on from there)
             if not done and (watch or cfg.svg):
-                before, state = state, (tokens[0].tolist(), certainty[0].tolist())
-                if watch:
-                    show(picture(state[0], (before or state)[0], state[1]))
-                if seen % every == 0:
-                    states.append(state)
-                if len(states) == 96:
-                    del states[1::2]
-                    every *= 2
+                film.add(tokens[0].tolist(), certainty[0].tolist())
         rows = tokens.tolist()                          # waits for the device
     except KeyboardInterrupt:
         interrupted, rows = True, tokens.tolist()
@@ -234,10 +147,6 @@ written = done * (len(known) - sum(known))
 print(f"{written} tokens in {calls} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s"
       if not interrupted else f"interrupted after {calls} network calls: the last samples are not done",
       file=sys.stderr)
-if cfg.svg and states:
-    n = min(48, len(states))
-    states = [states[round(i * (len(states) - 1) / max(1, n - 1))] for i in range(n)]
-    end = state[0], [float(token < tokenizer.V) for token in state[0]]          # settled, where it is text
-    pairs = zip([states[0], *states, state], [*states, state, end])
+if cfg.svg and film.last:
     with open(cfg.svg, "w", encoding="utf-8") as f:
-        f.write(animation([picture(now[0], old[0], now[1]) for old, now in pairs]))
+        f.write(film.svg())

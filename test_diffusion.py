@@ -32,6 +32,7 @@ from config import Config, SampleConfig, load
 from data import Tokenizer, crops
 from data import load as load_checkpoint
 from diffusion import PROCESSES, SCHEDULES, choose, draw, probabilities, surety, times, top
+from pictures import animation
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 8, "dtype": "float32",
@@ -1249,8 +1250,7 @@ def test_svg_holds_every_frame_and_ends_with_the_text(here, capsys):
     (64 * "a" + "\nb", {24: 64 * "a", 44: "b"}), (65 * "a", {24: 64 * "a", 44: "a"}),
     ("a\n\nb", {24: "a", 64: "b"}),
     ("世世<", {24: "世世<"}), ("a\x07\tb", {24: "a  b"})])
-def test_svg_lays_text_out_in_lines_and_columns(here, text, lines):
-    animation = script("sample.py", "--num_samples=1", "--steps=1")["animation"]
+def test_svg_lays_text_out_in_lines_and_columns(text, lines):
     root = ElementTree.fromstring(animation([[(c, "settled") for c in text]]))
     assert {int(span.get("y")): span.text for span in root.iter("{http://www.w3.org/2000/svg}tspan")} == lines
 

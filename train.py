@@ -31,7 +31,7 @@ from data import Tokenizer, crops, load_bin, load_meta, load_weights
 from data import load as load_checkpoint
 from data import save as save_checkpoint
 from diffusion import PROCESSES, times
-from model import configure_optimizers, peak_flops
+from optim import configure_optimizers, peak_flops
 
 sys.stdout.reconfigure(line_buffering=True)
 cfg = load(Config)

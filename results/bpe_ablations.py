@@ -17,6 +17,7 @@ sys.path.insert(0, ROOT)
 import data
 import diffusion
 import model
+import optim
 
 
 def prepare(source, target):
@@ -60,7 +61,7 @@ def adamw(net, cfg):
 
 
 CLASSES = {"on the bound": OnTheBound, "separate head": Separate}
-configure_optimizers = model.configure_optimizers
+configure_optimizers = optim.configure_optimizers
 
 if __name__ == "__main__":
     name, *flags = sys.argv[1:]
@@ -68,7 +69,7 @@ if __name__ == "__main__":
         sys.exit(prepare(*flags))
     diffusion.PROCESSES["masked"] = CLASSES.get(name, diffusion.Masked)
     if name == "adamw":
-        model.configure_optimizers = adamw
+        optim.configure_optimizers = adamw
     with open(os.path.join(ROOT, "train.py")) as f:
         source = f.read()
     if name == "cosine decay":

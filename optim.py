@@ -1,0 +1,55 @@
+"""The optimizers: Muon for the matrices of the blocks, AdamW for everything else."""
+import torch
+
+
+def orthogonalise(G):
+    """G (n, rows, columns) with its singular values moved to about 1, by five Newton-Schulz steps."""
+    X = G if G.size(1) <= G.size(2) else G.mT                                   # the smaller Gram matrix
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = X @ X.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, poly, X, beta=3.4445)
+    return X if G.size(1) <= G.size(2) else X.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates, for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
+
+    Not torch.optim.Muon, which always rounds to bfloat16: with dtype float32, gradients that differ in the
+    last bit, as sums over 1, 2 and 4 processes do, give weights that differ in the last bits. All layers go
+    at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                params = [p for p in group["params"] if p.shape == shape]
+                for p in params:
+                    average = self.state[p].setdefault("average", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - group["momentum"])
+                nesterov = [p.grad.lerp(self.state[p]["average"], group["momentum"]) for p in params]
+                update = orthogonalise(torch.stack(nesterov).to(self.dtype)).float()
+                lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update), alpha=-lr)
+
+
+def configure_optimizers(model, cfg):
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    return [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
+            torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
+                              fused=True)]
+
+
+def peak_flops(chip):
+    """Dense bfloat16 FLOP/s of a chip's data sheet, or None for a chip that isn't listed here."""
+    peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+    return next((flops for name, flops in peaks.items() if name in chip), None)
