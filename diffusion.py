@@ -269,7 +269,7 @@ class Embed(nn.Module):
     learned: equal pieces of t carry equal parts of the bound.
     """
     BINS = 64           # of logsnr, for the learned schedule
-    LOOKS = 1, 2, 2, 3, 2, 2, 2, 3      # how often a training row is looked at, in turn: the last look learns
+    FIRST_EVERY = 4     # of so many training rows one learns a first look; the rest a second
     KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
     RAMP = 0.1          # share of the schedule that only rises towards the clean end, which would starve
     AHEAD = 2.0         # how far sampling steps lead the estimate's motion; 0: first order, 1: second
@@ -285,7 +285,6 @@ class Embed(nn.Module):
         self.net = Transformer(cfg)
         self.head = Linear(C, V)
         self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
-        self.register_buffer("looks", torch.tensor(self.LOOKS), persistent=False)
         # the schedule: running sums of the bound's integrand by bin of logsnr, and the knots of t that follow
         self.register_buffer("edges", torch.linspace(-6, 5.5, self.BINS + 1) - math.log(D))
         self.register_buffer("sums", torch.ones(2, self.BINS))                  # integrand, rows; decayed
@@ -297,11 +296,11 @@ class Embed(nn.Module):
         return self.D ** 0.5 * F.normalize(self.weight, dim=1)
 
     def flops(self, T):
-        """Of a training step, per token: forward and twice that backward of the last look, the looks before it,
-        and the estimates: the first of all, of each look but the last, and of every 4th token's last."""
+        """Of a training step, per token: forward and twice that backward, a second look at some rows, and
+        the estimates: the first of all, of the second look, and of every 4th token for the schedule."""
         forward = self.net.flops(T) + 2 * self.head.weight.numel() + 2 * self.weight.numel()
-        before = sum(self.LOOKS) / len(self.LOOKS) - 1
-        return (3 + before) * forward + (2 + before + 1 / 4) * 2 * self.weight.numel()
+        second = 1 - 1 / self.FIRST_EVERY
+        return (3 + second) * forward + (2 + second + 1 / 4) * 2 * self.weight.numel()
 
     # ---- the schedule
 
@@ -384,13 +383,12 @@ class Embed(nn.Module):
         known = ((place < torch.rand(B, 1, device=device))
                  & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE))
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
-        # most rows learn to use a better estimate than that of each token alone: that of a look before
+        # some rows learn to use a better estimate than that of each token alone: their own
         with torch.no_grad():
-            sc, looks = self.first(xt, t, known), self.looks.repeat(B)[:B]
-            for n in range(2, max(self.LOOKS) + 1):
-                row = places(looks >= n, sum(self.LOOKS[i % len(self.LOOKS)] >= n for i in range(B)))
-                own = self.estimate(self.denoise(xt[row], t[row], sc[row], known[row]), xt[row], known[row])
-                sc = sc.index_copy(0, row, own)
+            sc = self.first(xt, t, known)
+            row = places(torch.arange(B, device=device) % self.FIRST_EVERY > 0, B - -(-B // self.FIRST_EVERY))
+            own = self.estimate(self.denoise(xt[row], t[row], sc[row], known[row]), xt[row], known[row])
+            sc = sc.index_copy(0, row, own)
         logits = self.denoise(xt, t, sc, known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():

@@ -36,7 +36,7 @@ class NoFirstLook(Embed):
 
 class NoSelfConditioning(Embed):
     """One look, in training, in the bound and while sampling."""
-    LOOKS = 1,
+    FIRST_EVERY = 1
 
     def denoise(self, xt, t, sc=None, known=None):
         return super().denoise(xt, t, None, known)
@@ -47,7 +47,7 @@ class MoreRamp(Embed):
 
 
 class SecondLookAtHalf(Embed):
-    LOOKS = 1, 2
+    FIRST_EVERY = 2
 
 
 class FirstOrder(Embed):

@@ -56,12 +56,12 @@ class FirstBySoftmax(Embed):
         return self.estimate((self.query(xt, t) @ self.table().T + self.bias).detach(), xt, known)
 
 
-class NoThird(Embed):
-    LOOKS = 1, 2, 2, 2
+class SecondAtHalf(Embed):
+    FIRST_EVERY = 2
 
 
-class OneLook(Embed):
-    LOOKS = 1,
+class NoSecond(Embed):
+    FIRST_EVERY = 1
 
 
 def torch_muon(net, cfg):
@@ -105,8 +105,8 @@ for group in ({"masked, as it is": (Masked,), "head at every position": (HeadEve
                "F.rms_norm": (Masked, 50304, {"norm": lambda x: F.rms_norm(x, x.shape[-1:])}),
                "torch.optim.Muon": (Masked, 50304, None, torch_muon)},
               {"embed, as it is": (Embed,), "first look by softmax": (FirstBySoftmax,),
-               "a second look at 3/4, no third": (NoThird,),
-               "one look": (OneLook,), "V = 50,257, not padded": (Embed, 50257)}):
+               "second look at half of the rows": (SecondAtHalf,),
+               "no second look": (NoSecond,), "V = 50,257, not padded": (Embed, 50257)}):
     trainers = {name: Trainer(*arguments) for name, arguments in group.items()}
     for trainer in [*trainers.values()] * (2 + ROUNDS):                         # the first two warm up
         trainer.step()
