@@ -10,8 +10,8 @@
 # So 16 is enough for the bound, and 32 leaves a margin for embeddings that training moves together.
 #
 # By arithmetic, none of it measured yet (bench.py measures):
-# - work: 1,199 MFLOP a token (the head at every position, second and third looks), 1.2e20 in all. At 40 % of
-#   the 989 TFLOP/s of an H100 or H200: 3.4 days on one, 1.1 on 3, 0.4 on 8.
+# - work: 1,090 MFLOP a token (the head at every position, a second look at 3/4 of the rows), 1.1e20 in all.
+#   At 40 % of the 989 TFLOP/s of an H100 or H200: 3.1 days on one, 1.0 on 3, 0.4 on 8.
 # - memory: weights, gradients and average 1.5 GB, momenta 0.7 GB, DDP's copy of the gradients 0.5 GB; about
 #   0.7 GB for each sequence of a micro-batch (the logits in float32 are 0.2): 6 GB with micro-batches of 4.
 out_dir = "out-owt-embed"
