@@ -85,8 +85,9 @@ class Film:
         self.last, self.states, self.n, self.every = None, [], 0, 1
 
     def picture(self, before, state):
+        pieces = self.tokenizer.pieces(state[0])
         return [(piece, "noise" if sure < 0.5 else "new" if token != old else "settled")
-                for piece, token, old, sure in zip(self.tokenizer.pieces(state[0]), state[0], before[0], state[1])]
+                for piece, token, old, sure in zip(pieces, state[0], before[0], state[1])]
 
     def add(self, tokens, certainty):
         """A state, lists of ids and certainties; of those before, 48 to 96 are kept."""

@@ -67,8 +67,8 @@ class NoSecond(Embed):
 def torch_muon(net, cfg):
     """torch.optim.Muon, one matrix after the other."""
     ours, adam = configure_optimizers(net, cfg)
-    return [torch.optim.Muon(ours.param_groups[0]["params"], lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
-            adam]
+    matrices = ours.param_groups[0]["params"]
+    return [torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay), adam]
 
 
 class Trainer:
