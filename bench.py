@@ -148,5 +148,5 @@ for name, trainer in trainers.items():
           f"{trainer.flops / n_step / 1e9:13.3f}{trainer.flops / seconds / 1e12:9.3f}"
           f"{f'{trainer.flops / seconds / peak:8.1%}' if peak else '       -'}{memory[name]:7.2f}")
 for name, settings in ("masked", {}), ("masked", {"order": "confidence"}), ("embed", {}):
-    print(f"{name} {settings.get('order', '')} sampling, 32 steps: "
+    print(f"{name} sampling, {settings.get('order', '32 steps')}: "
           + ", ".join(trainers[name].sampling(n, **settings) for n in (1, 32)))

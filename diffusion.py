@@ -415,7 +415,7 @@ class Embed(nn.Module):
 
     def refined(self, x0, t):
         """Probabilities (B, T, V) of each token of x0, noised to t: the mean of a second and a third look,
-        each with the estimate of the one before. Their errors differ: the bound is lower than that of either."""
+        each with the estimate of the one before. Their errors differ: the bound is lower than either's."""
         xt = self.corrupt(x0, t)
         second = self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t), xt)).softmax(-1)
         return (second + self.denoise(xt, t, sc=second @ self.table()).softmax(-1)) / 2
