@@ -440,7 +440,8 @@ class Embed(nn.Module):
         arXiv:2010.02502, eq. 12). guidance is as in Masked; where it hides known tokens, it noises them like
         the others. tokens are the likeliest, certainty is their probability.
         """
-        E, dtype, place = self.table(), self.net.dtype, known[..., None]
+        E, place = self.table(), known[..., None]
+        rounded = E.to(self.net.dtype)
         given, eps = E[x.where(known, 0)], torch.randn(*x.shape, self.D, device=x.device)
         start = eps if noise == 1 else self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))
         z = given.where(place, start)
@@ -460,7 +461,7 @@ class Embed(nn.Module):
                 logits = without + (1 + guidance) * (logits - without)
             p = probabilities(logits, temperature, top_k, top_p)
             certainty, tokens = (best.squeeze(-1) for best in top(p, 1))
-            before, sc = sc, self.given((p.to(dtype) @ E.to(dtype)).float(), z, known)
+            before, sc = sc, self.given((p.to(rounded.dtype) @ rounded).float(), z, known)
             e0 = sc
             if before is not None:                      # goes on as it moved in the last step
                 e0 = sc + self.AHEAD / 2 * (sc - before) * (
