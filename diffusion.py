@@ -462,10 +462,9 @@ class Embed(nn.Module):
             p = probabilities(logits, temperature, top_k, top_p)
             certainty, tokens = (best.squeeze(-1) for best in top(p, 1))
             before, sc = sc, self.given((p.to(rounded.dtype) @ rounded).float(), z, known)
-            e0 = sc
-            if before is not None:                      # goes on as it moved in the last step
-                e0 = sc + self.AHEAD / 2 * (sc - before) * (
-                    (logsnr[i + 1] - logsnr[i]) / (logsnr[i] - logsnr[i - 1]).clamp(min=1e-5))
+            # the estimate goes on as it moved in the last step
+            e0 = sc if before is None else sc + self.AHEAD / 2 * (sc - before) * (
+                (logsnr[i + 1] - logsnr[i]) / (logsnr[i] - logsnr[i - 1]).clamp(min=1e-5))
             # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
             fresh = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
             z = (alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - fresh).sqrt() * (z - alpha[i] * e0) / sigma[i]
