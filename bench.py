@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from config import Config, hardware, load
 from data import Tokenizer, crops, load_bin, load_meta
 from diffusion import Embed, Masked, times
-from optim import configure_optimizers, peak_flops
+from optim import configure_optimizers, peak_flops, update
 
 ROUNDS, ROUND_SECONDS = 9, 0.3              # each round of each model: as many steps as fit, at least one
 
@@ -70,13 +70,7 @@ class Trainer:
                 x0, t = x0.pin_memory(), t.pin_memory()
             loss = self.model(x0.to(cfg.device, non_blocking=True), t.to(cfg.device, non_blocking=True)) / A
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or torch.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.model.adapt(lambda tensor: tensor)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 0.01)
+        update(self.model, self.ema, self.optimizers, cfg.grad_clip, cfg.ema_decay)
         return loss
 
     def round(self):

@@ -10,7 +10,10 @@ import pickle
 import numpy as np
 import torch
 
-from config import fail
+from config import Config, fail
+from diffusion import PROCESSES
+
+CHECKPOINT = {"config": dict, "meta": dict, "model": dict, "step": int}         # what each one holds
 
 
 class Tokenizer:
@@ -36,7 +39,7 @@ class Tokenizer:
             return self.bpe.encode_ordinary(text)
         for c in text:
             if c not in self.ids:
-                fail(f"the character {c!r} isn't in the tokenizer's alphabet of {self.V}")
+                fail(f"the character {c!r} isn't in the tokenizer's alphabet of {self.V}: leave it out")
         return [self.ids[c] for c in text]
 
     def pieces(self, ids):
@@ -46,7 +49,7 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         texts = [decoder.decode(self.bpe.decode_single_token_bytes(i)) if i < self.bpe.n_vocab
                  else decoder.decode(b"", True) + "·" for i in ids]
-        return [*texts[:-1], texts[-1] + decoder.decode(b"", True)]
+        return [*texts[:-1], "".join(texts[-1:]) + decoder.decode(b"", True)]
 
     def decode(self, ids):
         return "".join(self.pieces(ids))
@@ -106,28 +109,57 @@ def replace_file(path, content):
 def write_dataset(dataset, train, val, meta):
     """Writes uint16 arrays and meta.json into data/<dataset>."""
     folder = os.path.join("data", dataset)
-    os.makedirs(folder, exist_ok=True)
     meta = meta | {"train_tokens": len(train), "val_tokens": len(val)}
-    replace_file(os.path.join(folder, "train.bin"), train.tobytes())
-    replace_file(os.path.join(folder, "val.bin"), val.tobytes())
-    replace_file(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1).encode())
+    contents = {"train.bin": train.tobytes(), "val.bin": val.tobytes(),
+                "meta.json": json.dumps(meta, indent=1).encode()}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(os.path.join(folder, "meta.json")):
+            os.remove(os.path.join(folder, "meta.json"))        # without it, nobody takes the files for whole
+        for name, content in contents.items():
+            replace_file(os.path.join(folder, name), content)
+    except OSError as e:
+        fail(f"{folder} can't be written ({e.strerror}): the dataset is not complete")
 
 
-def save(path, content):
+def save_checkpoint(path, content):
     """Writes a plain dict as a checkpoint; a crash on the way leaves the old file as it was."""
-    torch.save(content, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    try:
+        torch.save(content, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:                # torch raises RuntimeErrors for a full disk
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"{path} can't be written ({e}); what was there before is as it was")
 
 
-def load(path):
-    """The dict that save() wrote, on the CPU. Never executes code; exits if it is missing or foreign."""
+def load_checkpoint(path):
+    """The dict that save_checkpoint() wrote, on the CPU. Never executes code; exits if it is missing or
+    foreign."""
     if not os.path.exists(path):
-        fail(f"there is no checkpoint {path}: train first, or name the folder with --out_dir")
+        fail(f"there is no checkpoint {path}: train first, or name another file or folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # truncated, not a checkpoint, or one that asks to run code
     except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError) as e:
         fail(f"{path} can't be read as a checkpoint of this project ({type(e).__name__}): is it truncated?")
-    if not isinstance(content, dict) or not {"config", "meta", "model", "step"} <= content.keys():
-        fail(f"{path} is not a checkpoint of this project: it lacks config, meta, model or step")
+    if not isinstance(content, dict) or not all(
+            isinstance(content.get(name), kind) for name, kind in CHECKPOINT.items()):
+        fail(f"{path} is not a checkpoint of this project: it lacks {', '.join(CHECKPOINT)}")
     return content
+
+
+def load_model(path, **changes):
+    """(model, tokenizer, its Config, the checkpoint) of a model.pt, ready to sample; exits if it isn't one.
+
+    changes are made to the Config it was trained with: the device (by default the CPU), dtype.
+    """
+    ckpt = load_checkpoint(path)
+    try:
+        cfg = Config(**ckpt["config"] | {"device": "cpu"} | changes)
+        tokenizer = Tokenizer(ckpt["meta"])
+    except (TypeError, ValueError, LookupError) as e:
+        fail(f"{path} isn't a model of this version ({type(e).__name__}: {e})")
+    model = PROCESSES[cfg.process](cfg, tokenizer.V)
+    load_weights(model, ckpt["model"], path)
+    return model.to(cfg.device).eval(), tokenizer, cfg, ckpt

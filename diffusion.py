@@ -354,7 +354,7 @@ class Embed(nn.Module):
 
     def estimate(self, logits, xt, known=None):
         """e0 (B, T, D): the mean embedding under the logits (B, T, V); where known, what xt holds."""
-        return self.given(logits.softmax(-1) @ self.table(), xt, known)
+        return self.given(logits.softmax(-1, dtype=torch.float32) @ self.table(), xt, known)
 
     def denoise(self, xt, t, sc=None, known=None):
         """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,).
@@ -387,9 +387,10 @@ class Embed(nn.Module):
         with torch.no_grad():
             sc = self.first(xt, t, known)
             row = places(torch.arange(B, device=device) % self.FIRST_EVERY > 0, B - -(-B // self.FIRST_EVERY))
-            own = self.estimate(self.denoise(xt[row], t[row], sc[row], known[row]), xt[row], known[row])
+            own = self.denoise(xt[row], t[row], sc=sc[row], known=known[row])
+            own = self.estimate(own, xt[row], known[row])
             sc = sc.index_copy(0, row, own)
-        logits = self.denoise(xt, t, sc, known)
+        logits = self.denoise(xt, t, sc=sc, known=known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():
             i, whole = self.bin(t)[0], ~known.any(1)
@@ -417,8 +418,8 @@ class Embed(nn.Module):
         """Probabilities (B, T, V) of each token of x0, noised to t: the mean of a second and a third look,
         each with the estimate of the one before. Their errors differ: the bound is lower than either's."""
         xt = self.corrupt(x0, t)
-        second = self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t), xt)).softmax(-1)
-        return (second + self.denoise(xt, t, sc=second @ self.table()).softmax(-1)) / 2
+        second = self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t), xt)).softmax(-1).float()
+        return (second + self.denoise(xt, t, sc=second @ self.table()).softmax(-1).float()) / 2
 
     def measures(self, x0, t):
         """Scalars by name, for the table by noise level, where a collapsed model shows at once."""

@@ -1,4 +1,4 @@
-"""The optimizers: Muon for the matrices of the blocks, AdamW for everything else."""
+"""What follows the gradients: Muon for the matrices of the blocks, AdamW for the rest, and the average."""
 import torch
 
 
@@ -31,8 +31,9 @@ class Muon(torch.optim.Optimizer):
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 params = [p for p in group["params"] if p.shape == shape]
                 for p in params:
-                    average = self.state[p].setdefault("average", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group["momentum"])
+                    if not self.state[p]:
+                        self.state[p]["average"] = torch.zeros_like(p)
+                    self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
                 nesterov = [p.grad.lerp(self.state[p]["average"], group["momentum"]) for p in params]
                 update = orthogonalise(torch.stack(nesterov).to(self.dtype)).float()
                 lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
@@ -47,6 +48,21 @@ def configure_optimizers(model, cfg):
     return [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
             torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
                               fused=True)]
+
+
+def update(model, ema, optimizers, grad_clip, keep, total=lambda tensor: tensor):
+    """Clips the gradients (0: not), steps and clears them, and adapts the schedule, for which total sums a
+    tensor over all processes; then ema moves towards model: it keeps the share keep of each weight."""
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    model.adapt(total)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+        for average, buffer in zip(ema.buffers(), model.buffers()):
+            average.copy_(buffer)
 
 
 def peak_flops(chip):

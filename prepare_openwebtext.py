@@ -239,7 +239,10 @@ def prepare(dataset="openwebtext", inputs=(), val=()):
     sources += [[path, "val", os.path.getsize(path)] for path in find(val)]
     folder = os.path.join("data", dataset)
     journal = os.path.join(folder, "progress.json")
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        fail(f"{folder} can't be made: {e.strerror}")
     done = {"sources": sources, "source": 0, "unit": 0,
             "bytes": {"train": 0, "val": 0}, "documents": {"train": 0, "val": 0}}
     if os.path.exists(journal):
@@ -269,7 +272,8 @@ def finish(folder, done, source):
     journal, meta_path = os.path.join(folder, "progress.json"), os.path.join(folder, "meta.json")
     for split, size in done["bytes"].items():
         if size == 0:
-            os.remove(journal)
+            for path in journal, *(os.path.join(folder, f"{split}.bin.tmp") for split in done["bytes"]):
+                os.remove(path)
             fail(f"there is no text for {split}.bin in {sum(done['documents'].values())} documents; one in "
                  "2,000 goes to validation: pass more text, or a ready one with --val")
     if os.path.exists(meta_path):

@@ -55,8 +55,8 @@ def prepare(dataset="shakespeare", path=None, offline=False):
     chars = sorted(set(text))
     if len(text) < 10 or len(chars) < 2:
         fail(f"{source} has {len(text)} characters, {len(chars)} distinct: there is nothing to learn")
-    if len(chars) > 65_534:
-        fail(f"{source} has {len(chars):,} distinct characters: uint16 tokens allow at most 65,534")
+    if len(chars) > 65_535:
+        fail(f"{source} has {len(chars):,} distinct characters: uint16 tokens and [MASK] allow 65,535")
     ids = {c: i for i, c in enumerate(chars)}
     tokens = np.fromiter((ids[c] for c in text), dtype=np.uint16, count=len(text))
     cut = int(0.9 * len(tokens))

@@ -10,39 +10,32 @@
 import inspect
 import os
 import re
+import signal
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-from config import Config, SampleConfig, fail, hardware, load, replace
-from data import Tokenizer, load_weights
-from data import load as load_checkpoint
-from diffusion import PROCESSES
+from config import SampleConfig, fail, hardware, load
+from data import load_model
 from pictures import Film
 
 sys.stdout.reconfigure(errors="replace")                # · or 世 where the terminal has no such character
+if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # sample.py | head ends in silence
 cfg = hardware(load(SampleConfig))
 
 # ------------------------------------------------------------------------------------------------------------
 # the model
 
 path = os.path.join(cfg.out_dir, "model.pt")
-ckpt = load_checkpoint(path)
-try:
-    trained = replace(Config(**ckpt["config"]), device=cfg.device, dtype=cfg.dtype)
-    tokenizer = Tokenizer(ckpt["meta"])
-    about = f"bound {ckpt['nelbo']:.4f} nats/token, trained on {ckpt['meta']['source']}"
-except (TypeError, ValueError, LookupError) as e:
-    fail(f"{path} isn't a model of this version ({type(e).__name__}: {e})")
+model, tokenizer, trained, ckpt = load_model(path, device=cfg.device, dtype=cfg.dtype)
 block = trained.block_size
-model = PROCESSES[trained.process](trained, tokenizer.V)
-load_weights(model, ckpt["model"], path)
-model.to(cfg.device).eval()
 n_params = sum(p.numel() for p in model.parameters())
-print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, step {ckpt['step']}, {about}",
-      file=sys.stderr)
+bound = f"{ckpt['nelbo']:.4f} nats/token" if ckpt.get("nelbo") else "not measured"
+print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, step {ckpt['step']}, bound "
+      f"{bound}, trained on {ckpt['meta'].get('source')}", file=sys.stderr)
 
 names = "schedule", "guidance", "order", "threshold", "remask", "eta", "temperature", "top_k", "top_p"
 settings = {name: getattr(cfg, name) for name in names}
@@ -57,9 +50,10 @@ for name in settings.keys() - inspect.signature(model.sample).parameters.keys():
 def read(file):
     try:
         with open(file, encoding="utf-8") as f:
-            return f.read().removesuffix("\n")
+            text = f.read().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"{file!r} can't be read as UTF-8 text: {getattr(e, 'strerror', None) or e}")
+    return text or fail(f"{file!r} is empty: there is no text to start from")
 
 
 if bool(cfg.text) + bool(cfg.prompt_file) + bool(cfg.edit) > 1:
@@ -88,6 +82,8 @@ if cfg.guidance and not any(known):
     fail("guidance follows what is known, and nothing is: give a text")
 if cfg.noise != SampleConfig.noise and not cfg.edit:
     fail("noise is for edit: give a text to rewrite")
+if cfg.edit and total < cfg.length:
+    fail(f"length is {cfg.length}, but edit keeps the text's {total} tokens: leave it out")
 if cfg.svg:
     try:
         open(cfg.svg, "a").close()                      # now, not when all is sampled

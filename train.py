@@ -27,28 +27,28 @@ from tqdm import tqdm
 
 import prepare_shakespeare
 from config import Config, fail, hardware, load
-from data import Tokenizer, crops, load_bin, load_meta, load_weights
-from data import load as load_checkpoint
-from data import save as save_checkpoint
+from data import Tokenizer, crops, load_bin, load_checkpoint, load_meta, load_weights, save_checkpoint
 from diffusion import PROCESSES, times
-from optim import configure_optimizers, peak_flops
+from optim import configure_optimizers, peak_flops, update
 
-sys.stdout.reconfigure(line_buffering=True)
+sys.stdout.reconfigure(line_buffering=True, errors="replace")
 cfg = load(Config)
 
 # ------------------------------------------------------------------------------------------------------------
 # processes and device: alone, or one of many under torchrun
 
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+if world > 1 and torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 cfg = hardware(cfg)
 if cfg.gradient_accumulation_steps % world:
     fail(f"gradient_accumulation_steps is {cfg.gradient_accumulation_steps}, the micro-batches of a step "
          f"over all devices: it must be a multiple of the {world} processes")
 on_cuda = "cuda" in cfg.device
 if on_cuda:
-    if world > 1:
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    torch.cuda.set_device(torch.device(cfg.device).index or 0)
+    if world == 1:
+        torch.cuda.set_device(torch.device(cfg.device).index or 0)
+    cfg.device = f"cuda:{torch.cuda.current_device()}"
 if world > 1:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
 master = rank == 0
@@ -118,11 +118,13 @@ if cfg.init_from != "scratch":
     path = ckpt_path if cfg.init_from == "resume" else cfg.init_from
     ckpt = load_checkpoint(path)
     for name in "process", "n_layer", "n_head", "n_embd", "embed_dim":
-        if ckpt["config"][name] != getattr(cfg, name):
-            fail(f"{path} has {name} {ckpt['config'][name]}, not {getattr(cfg, name)}: "
-                 f"pass --{name}={ckpt['config'][name]}")
+        there = ckpt["config"].get(name)
+        if there != getattr(cfg, name):
+            fail(f"{path} has {name} {there}, not {getattr(cfg, name)}: pass --{name}={there}")
     if any(ckpt["meta"].get(name) != meta.get(name) for name in ("tokenizer", "chars", "vocab_size")):
         fail(f"{path} was trained with another vocabulary than that of data/{cfg.dataset}")
+    if not cfg.eval_only and os.path.abspath(path) == os.path.abspath(model_path):
+        fail(f"init_from is {path}, which this run would overwrite: pass another --out_dir")
     load_weights(model, ckpt["model"], path)
     load_weights(ema, ckpt.get("ema", ckpt["model"]), path)
     if cfg.init_from == "resume":
@@ -235,21 +237,28 @@ def check_losses():
 
 
 stopping = torch.zeros(1)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: stopping.fill_(1))
-
 started = time.time()
 if cfg.eval_only:
     report()
     cfg.max_iters = step                 # and no step more
-elif master:                             # a resumed run keeps what was logged up to its step
-    os.makedirs(cfg.out_dir, exist_ok=True)
+else:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.fill_(1))
+if master and not cfg.eval_only:         # a resumed run keeps what was logged up to its step
     rows = []
-    if step and os.path.exists(log_path):
-        with open(log_path, newline="") as f:
-            rows = [row for row in csv.reader(f) if row[0].isdigit() and int(row[0]) <= step]
-    with open(log_path, "w", newline="") as f:
-        csv.writer(f).writerows([["step", "train_loss", "val_nelbo", "se", "seconds"], *rows])
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        if step and os.path.exists(log_path):
+            with open(log_path, newline="") as f:
+                rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
+        with open(log_path, "w", newline="") as f:
+            csv.writer(f).writerows([["step", "train_loss", "val_nelbo", "se", "seconds"], *rows])
+    except OSError as e:
+        fail(f"{cfg.out_dir} can't be written to: {e.strerror}")
+    if rows:
+        started -= float(rows[-1][4])
+    if step >= cfg.max_iters:
+        print(f"step {step} of {cfg.max_iters} is done: pass a larger --max_iters to go on")
 
 peak = peak_flops(name) if on_cuda else None
 looked, looked_step = started, step
@@ -270,20 +279,9 @@ while step < cfg.max_iters:
         micro_loss = net(x0, to_device(t[m])) * (world / A)
         micro_loss.backward()
         loss += micro_loss.detach()
-    if cfg.grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    model.adapt(total)
     losses.append(loss)
     step += 1
-
-    with torch.no_grad():
-        keep = min(cfg.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
-        for average, buffer in zip(ema.buffers(), model.buffers()):
-            average.copy_(buffer)
+    update(model, ema, optimizers, cfg.grad_clip, min(cfg.ema_decay, (1 + step) / (10 + step)), total)
 
     bar.update()
     if step % cfg.eval_interval == 0 or step == cfg.max_iters:
@@ -299,7 +297,10 @@ while step < cfg.max_iters:
     if stop.item():
         check_losses()
         if master:
-            save({"config": asdict(cfg), "meta": meta, "step": step})
+            common = {"config": asdict(cfg), "meta": meta, "step": step}
+            if best == math.inf:         # so that there is something to sample from
+                save_checkpoint(model_path, common | {"model": ema.state_dict()})
+            save(common)
             tqdm.write(f"stopped at step {step} and saved {ckpt_path}: go on with --init_from=resume")
         break
 bar.close()

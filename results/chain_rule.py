@@ -13,18 +13,14 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from config import Config
-from data import crops, load, load_bin
-from diffusion import Masked, times
+from data import crops, load_bin, load_model
+from diffusion import times
 
 
 @torch.no_grad()
 def main(folder, n=128):
-    ckpt = load(os.path.join(folder, "model.pt"))
-    cfg = Config(**ckpt["config"])
-    T, V = cfg.block_size, ckpt["meta"]["vocab_size"]
-    model = Masked(cfg, V).eval()
-    model.load_state_dict(ckpt["model"])
+    model, _, cfg, _ = load_model(os.path.join(folder, "model.pt"))
+    T, V = cfg.block_size, model.V
     torch.manual_seed(0)
     x0 = crops(load_bin(cfg.dataset, "val", V, T), np.random.default_rng(0), n, T)
     forward = torch.arange(T).expand(n, T)

@@ -42,27 +42,6 @@ class NoSelfConditioning(Embed):
         return super().denoise(xt, t, None, known)
 
 
-class MoreRamp(Embed):
-    RAMP = 0.25
-
-
-class SecondLookAtHalf(Embed):
-    FIRST_EVERY = 2
-
-
-class FirstOrder(Embed):
-    """Sampling steps that take the estimate as it is."""
-    AHEAD = 0.0
-
-
-class Known0(Embed):
-    KNOWN_SHARE = 0.0
-
-
-class Known4(Embed):
-    KNOWN_SHARE = 1 / 4
-
-
 class Fixed(Embed):
     def __init__(self, cfg, V):
         super().__init__(cfg, V)
@@ -109,9 +88,12 @@ class MSE(Embed):
 
 
 VARIANTS = {"as it is": Embed, "no posterior": NoPosterior, "no first look": NoFirstLook,
-            "no self-conditioning": NoSelfConditioning, "second look at half": SecondLookAtHalf,
-            "ramp 1/4": MoreRamp, "first order": FirstOrder, "known 0": Known0, "known 1/4": Known4,
-            "cosine": Cosine, "sqrt": Sqrt, "uniform": Uniform, "mse": MSE, "masked": diffusion.Masked}
+            "no self-conditioning": NoSelfConditioning, "cosine": Cosine, "sqrt": Sqrt, "uniform": Uniform,
+            "mse": MSE, "masked": diffusion.Masked}
+for name, constant in {"second look at half": {"FIRST_EVERY": 2}, "ramp 1/4": {"RAMP": 0.25},
+                       "first order": {"AHEAD": 0.0}, "known 0": {"KNOWN_SHARE": 0.0},
+                       "known 1/4": {"KNOWN_SHARE": 0.25}}.items():
+    VARIANTS[name] = type(name, (Embed,), constant)
 
 if __name__ == "__main__":
     name, flags = sys.argv[1], sys.argv[2:]

@@ -1,6 +1,6 @@
 """Quality against cost of each sampler: a table, and a plot of it (which takes matplotlib).
 
-    python results/samplers.py out out-embed > results/samplers.md
+    python results/samplers.py out out-embed >> results/samplers.md
     python results/samplers.py plot results/samplers.md assets/samplers.png
 
 For the models in these folders, a masked and an embed one: 64 samples of a block, judged by judge.py.
@@ -16,9 +16,7 @@ sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
                 os.path.dirname(os.path.abspath(__file__))]
 from judge import Judge
 
-from config import Config
-from data import Tokenizer, load
-from diffusion import PROCESSES
+from data import load_model
 
 SETTINGS = {"masked": [{"order": order} for order in ("random", "confidence", "margin", "entropy")]
             + [{"remask": 0.02}, {"threshold": 0.9}],
@@ -44,11 +42,8 @@ def main(*folders):
     print("| model | steps | calls | seconds | 5-gram nats/char | real words | entropy |")
     print("|---" * 7 + "|")
     for folder in folders:
-        ckpt = load(os.path.join(folder, "model.pt"))
-        cfg, tokenizer = Config(**ckpt["config"]), Tokenizer(ckpt["meta"])
+        model, tokenizer, cfg, _ = load_model(os.path.join(folder, "model.pt"))
         judge = Judge(os.path.join("data", cfg.dataset))
-        model = PROCESSES[cfg.process](cfg, tokenizer.V).eval()
-        model.load_state_dict(ckpt["model"])
         defaults = inspect.signature(model.sample).parameters
         for settings in SETTINGS[cfg.process]:
             words = [f"{key} {value}" for key, value in settings.items() if value != defaults[key].default]

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import model
 from config import Config, hardware, load
 from diffusion import Embed, Masked, places, times
-from optim import configure_optimizers
+from optim import configure_optimizers, update
 
 ROUNDS = 9
 
@@ -87,12 +87,7 @@ class Trainer:
         start = time.perf_counter()
         with mock.patch.multiple(model, **self.patches) if self.patches else contextlib.nullcontext():
             self.net(x0, times(rng, 1, cfg.batch_size)[0]).backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), cfg.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 0.01)
+        update(self.net, self.average, self.optimizers, cfg.grad_clip, cfg.ema_decay)
         self.seconds.append(time.perf_counter() - start)
 
 
