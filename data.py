@@ -114,8 +114,8 @@ def write_dataset(dataset, train, val, meta):
                 "meta.json": json.dumps(meta, indent=1).encode()}
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(os.path.join(folder, "meta.json")):
-            os.remove(os.path.join(folder, "meta.json"))        # without it, nobody takes the files for whole
+        if os.path.exists(os.path.join(folder, "meta.json")):   # without it, nobody takes the rest for whole
+            os.remove(os.path.join(folder, "meta.json"))
         for name, content in contents.items():
             replace_file(os.path.join(folder, name), content)
     except OSError as e:
@@ -134,8 +134,7 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint() wrote, on the CPU. Never executes code; exits if it is missing or
-    foreign."""
+    """What save_checkpoint() wrote, on the CPU. Never executes code; exits if it is missing or foreign."""
     if not os.path.exists(path):
         fail(f"there is no checkpoint {path}: train first, or name another file or folder")
     try:

@@ -38,7 +38,7 @@ cfg = load(Config)
 # processes and device: alone, or one of many under torchrun
 
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-if world > 1 and torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
+if world > 1 and cfg.device != "cpu" and torch.cuda.is_available():
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 cfg = hardware(cfg)
 if cfg.gradient_accumulation_steps % world:
@@ -261,7 +261,7 @@ if master and not cfg.eval_only:         # a resumed run keeps what was logged u
         print(f"step {step} of {cfg.max_iters} is done: pass a larger --max_iters to go on")
 
 peak = peak_flops(name) if on_cuda else None
-looked, looked_step = started, step
+looked, looked_step = time.time(), step
 bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master or cfg.eval_only)
 while step < cfg.max_iters:
     decay = (cfg.max_iters - step) / (0.6 * cfg.max_iters)
