@@ -188,7 +188,7 @@ def describe(cls):
 def hardware(cfg):
     """cfg with device, dtype and (where it has one) compile decided for this machine."""
     # on a CPU large tensors get huge pages, and their memory is kept for the next ones instead of going back
-    # to the system: at V = 50,257 a step takes a third of the time (results/bpe.md)
+    # to the system: at V = 50,304 a step takes less than half the time (results/bpe.md)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(libc, "mallopt"):                        # glibc: no mmap for large blocks, no trimming

@@ -3,8 +3,7 @@
     python results/tricks.py                        # 50,304 tokens; flags of train.py follow
     python results/tricks.py --compile=True
 
-Prints the time of a step of each variant relative to the code as it is, with quartiles. For the huge pages of
-config.py, compare with THP_MEM_ALLOC_ENABLE=0 in the environment.
+Prints the time of a step of each variant relative to the code as it is, with quartiles.
 """
 import contextlib
 import copy
