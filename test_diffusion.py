@@ -36,7 +36,8 @@ from pictures import animation
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 8, "dtype": "float32",
         "device": "cpu"}
-torch.set_num_threads(1)                    # models this small: more threads only wait for each other
+torch.set_num_threads(1)                    # models this small: more threads only wait for each other,
+os.environ["OMP_NUM_THREADS"] = "1"         # for minutes if another program needs a core
 
 
 def build(process, V, **settings):
@@ -966,7 +967,7 @@ def torchrun(n, *flags, node=0, nodes=1):
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--nnodes={nodes}",
          f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
          os.path.join(HERE, "train.py"), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*runs):
