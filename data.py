@@ -13,8 +13,6 @@ import torch
 from config import Config, fail
 from diffusion import PROCESSES
 
-CHECKPOINT = {"config": dict, "meta": dict, "model": dict, "step": int}         # what each one holds
-
 
 class Tokenizer:
     """Text to token ids and back, as meta.json says: an alphabet of characters, or GPT-2's byte pairs."""
@@ -142,14 +140,15 @@ def load_checkpoint(path):
     # truncated, not a checkpoint, or one that asks to run code
     except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError) as e:
         fail(f"{path} can't be read as a checkpoint of this project ({type(e).__name__}): is it truncated?")
-    if not isinstance(content, dict) or not all(
-            isinstance(content.get(name), kind) for name, kind in CHECKPOINT.items()):
-        fail(f"{path} is not a checkpoint of this project: it lacks {', '.join(CHECKPOINT)}")
+    kinds = {"config": dict, "meta": dict, "model": dict, "step": int}
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), kinds[k]) for k in kinds):
+        fail(f"{path} is not a checkpoint of this project: config, meta, model or step isn't what this "
+             "version writes")
     return content
 
 
 def load_model(path, **changes):
-    """(model, tokenizer, its Config, the checkpoint) of a model.pt, ready to sample; exits if it isn't one.
+    """(model, tokenizer, its Config, a line about it) of a model.pt, ready to sample; exits if it isn't one.
 
     changes are made to the Config it was trained with: the device (by default the CPU), dtype.
     """
@@ -157,8 +156,10 @@ def load_model(path, **changes):
     try:
         cfg = Config(**ckpt["config"] | {"device": "cpu"} | changes)
         tokenizer = Tokenizer(ckpt["meta"])
+        bound = f"{ckpt['nelbo']:.4f} nats/token" if "nelbo" in ckpt else "not measured"
+        about = f"step {ckpt['step']}, bound {bound}, trained on {ckpt['meta']['source']}"
     except (TypeError, ValueError, LookupError) as e:
         fail(f"{path} isn't a model of this version ({type(e).__name__}: {e})")
     model = PROCESSES[cfg.process](cfg, tokenizer.V)
     load_weights(model, ckpt["model"], path)
-    return model.to(cfg.device).eval(), tokenizer, cfg, ckpt
+    return model.to(cfg.device).eval(), tokenizer, cfg, about

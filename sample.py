@@ -30,12 +30,10 @@ cfg = hardware(load(SampleConfig))
 # the model
 
 path = os.path.join(cfg.out_dir, "model.pt")
-model, tokenizer, trained, ckpt = load_model(path, device=cfg.device, dtype=cfg.dtype)
+model, tokenizer, trained, about = load_model(path, device=cfg.device, dtype=cfg.dtype)
 block = trained.block_size
 n_params = sum(p.numel() for p in model.parameters())
-bound = f"{ckpt['nelbo']:.4f} nats/token" if ckpt.get("nelbo") else "not measured"
-print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, step {ckpt['step']}, bound "
-      f"{bound}, trained on {ckpt['meta'].get('source')}", file=sys.stderr)
+print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, {about}", file=sys.stderr)
 
 names = "schedule", "guidance", "order", "threshold", "remask", "eta", "temperature", "top_k", "top_p"
 settings = {name: getattr(cfg, name) for name in names}

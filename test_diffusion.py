@@ -1031,7 +1031,7 @@ def test_a_stopped_torchrun_saves(here, capsys):
     out, _ = run.communicate(timeout=60)
     step = int(re.search(r"stopped at step (\d+)", out).group(1))
     assert load_checkpoint("stopped/ckpt.pt")["step"] == step > 0
-    script("sample.py", "--out_dir=stopped", "--num_samples=1")                 # though there was no evaluation
+    script("sample.py", "--out_dir=stopped", "--num_samples=1")             # though there was no evaluation
     assert f"step {step}, bound not measured" in capsys.readouterr().err
 
 
@@ -1147,7 +1147,7 @@ def test_sampling_refuses_what_it_cannot_use(here, words, flags):
 
 
 @pytest.mark.parametrize("change", [{"config": {"colour": 1}}, {"config": {"n_head": 5}}, {"meta": {}},
-                                    {"config": None}, {"model": {}}])
+                                    {"config": None}, {"nelbo": None}, {"model": {}}])
 def test_sampling_refuses_models_of_other_versions(here, change):
     os.makedirs("other", exist_ok=True)
     ckpt = load_checkpoint("out/model.pt")
@@ -1156,7 +1156,7 @@ def test_sampling_refuses_models_of_other_versions(here, change):
     torch.save(ckpt, "other/model.pt")
     with pytest.raises(SystemExit) as stop:
         script("sample.py", "--out_dir=other")
-    assert re.match("error: .*other/model.pt.*(version|not a checkpoint)", stop.value.code)
+    assert "other/model.pt" in stop.value.code and "version" in stop.value.code
 
 
 def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
