@@ -271,6 +271,7 @@ class Embed(nn.Module):
     BINS = 64           # of logsnr, for the learned schedule
     FIRST_EVERY = 4     # of so many training rows one learns a first look; the rest a second
     KNOWN_SHARE = 1 / 8 # of training rows, of which a part is known
+    HIDDEN_SHARE = 0.1  # of their other tokens, of which xt tells nothing
     RAMP = 0.1          # share of the schedule that only rises towards the clean end, which would starve
     AHEAD = 2.0         # how far sampling steps lead the estimate's motion; 0: first order, 1: second
     MEASURES = "noise share", "cross-entropy", "accuracy", "cosine", "magnitude"
@@ -383,6 +384,10 @@ class Embed(nn.Module):
         known = ((place < torch.rand(B, 1, device=device))
                  & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE))
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
+        # some tokens are hidden: of them the network must say what the context tells, which is its part
+        # of the logits everywhere
+        hidden = ~known & (torch.rand(B, T, device=device) < self.HIDDEN_SHARE)
+        xt = xt.masked_fill(hidden[..., None], 0)
         # some rows learn to use a better estimate than that of each token alone: their own
         with torch.no_grad():
             sc = self.first(xt, t, known)
@@ -393,10 +398,9 @@ class Embed(nn.Module):
         logits = self.denoise(xt, t, sc=sc, known=known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():
-            i, whole = self.bin(t)[0], ~known.any(1)
-            e0 = self.estimate(logits[:, ::4], xt[:, ::4])                      # every 4th token will do
-            cost = self.integrand(x0[:, ::4], e0, self.logsnr(t)).mean(1)
-            self.fresh.index_add_(1, i, torch.stack((cost * whole, whole.float())))
+            counts = ~(hidden | known.any(1, keepdim=True))[:, ::4]             # every 4th token will do
+            cost = self.integrand(x0[:, ::4], self.estimate(logits[:, ::4], xt[:, ::4]), self.logsnr(t))
+            self.fresh.index_add_(1, self.bin(t)[0], torch.stack((cost * counts, counts)).mean(2))
         return (nll * ~known).sum() / (~known).sum().clamp(min=1)
 
     def nelbo(self, x0, t):
