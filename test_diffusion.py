@@ -350,6 +350,18 @@ def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number()
     assert torch.isnan(model(x0, torch.full((8,), 0.9)))                        # no pairs: no wrong number
 
 
+def test_hidden_tokens_tell_nothing_and_stay_out_of_the_schedule():
+    model = build("embed", 11)
+    x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
+    torch.nn.init.zeros_(model.head.weight)                                     # the context tells nothing
+    torch.nn.init.normal_(model.bias)
+    model.HIDDEN_SHARE, model.KNOWN_SHARE = 1.0, 0.0
+    alone = F.cross_entropy(model.bias.expand(x0.numel(), -1), x0.flatten())
+    assert abs(float(model(x0, t) - alone)) < 1e-5 and not model.fresh.any()
+    model.HIDDEN_SHARE = 0.0
+    assert model(x0, t) < alone - 0.1 and abs(float(model.fresh[1].sum()) - 8) < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------------
 # network
 

@@ -92,7 +92,8 @@ VARIANTS = {"as it is": Embed, "no posterior": NoPosterior, "no first look": NoF
             "mse": MSE, "masked": diffusion.Masked}
 for name, constant in {"second look at half": {"FIRST_EVERY": 2}, "ramp 1/4": {"RAMP": 0.25},
                        "first order": {"AHEAD": 0.0}, "known 0": {"KNOWN_SHARE": 0.0},
-                       "known 1/4": {"KNOWN_SHARE": 0.25}}.items():
+                       "known 1/4": {"KNOWN_SHARE": 0.25}, "hidden 0": {"HIDDEN_SHARE": 0.0},
+                       "hidden 1/5": {"HIDDEN_SHARE": 0.2}}.items():
     VARIANTS[name] = type(name, (Embed,), constant)
 
 if __name__ == "__main__":
