@@ -357,9 +357,9 @@ def test_hidden_tokens_tell_nothing_and_stay_out_of_the_schedule():
     torch.nn.init.normal_(model.bias)
     model.HIDDEN_SHARE, model.KNOWN_SHARE = 1.0, 0.0
     alone = F.cross_entropy(model.bias.expand(x0.numel(), -1), x0.flatten())
-    assert abs(float(model(x0, t) - alone)) < 1e-5 and not model.fresh.any()
+    assert abs(model(x0, t).item() - alone.item()) < 1e-5 and not model.fresh.any()
     model.HIDDEN_SHARE = 0.0
-    assert model(x0, t) < alone - 0.1 and abs(float(model.fresh[1].sum()) - 8) < 1e-5
+    assert model(x0, t) < alone - 0.1 and abs(model.fresh[1].sum().item() - 8) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------------
