@@ -1,6 +1,6 @@
 """Trains a diffusion language model.
 
-    python train.py                                              # laptop size, about 6 minutes on 2 CPU cores
+    python train.py                                              # laptop size, 6 to 10 minutes on 2 CPU cores
     python train.py config/shakespeare_masked.py --max_iters=2000
     torchrun --nproc_per_node=3 train.py config/shakespeare_masked.py --gradient_accumulation_steps=3
     python train.py --init_from=resume                           # goes on from out/ckpt.pt, exactly
