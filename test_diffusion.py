@@ -333,7 +333,7 @@ def test_head_at_masked_positions_gives_the_loss_and_gradients_of_the_full_head(
     nll = F.cross_entropy(model.denoise(xt, k / 32).transpose(1, 2), x0, reduction="none") * (xt == 11)
     full = nll.sum() / (8 * 33 / 2) if what == "loss" else (nll.sum(1) / k).mean()
     full.backward()
-    assert abs(float(full - short)) < 1e-5
+    assert abs((full - short).item()) < 1e-5
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(gradients, model.parameters()))
 
 
@@ -344,7 +344,7 @@ def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number()
     model.corrupt = lambda x0, t: x0.masked_fill(masked, 11)                    # compiled, other noise comes
     eager = model(x0, t)
     model.compile()
-    assert abs(float(model(x0, t) - eager)) < 1e-4
+    assert abs((model(x0, t) - eager).item()) < 1e-4
     model(x0, t).backward()
     assert model.state_dict().keys() == build("masked", 11).state_dict().keys()
     assert torch.isnan(model(x0, torch.full((8,), 0.9)))                        # no pairs: no wrong number
