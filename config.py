@@ -192,7 +192,8 @@ def hardware(cfg):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(libc, "mallopt"):                        # glibc: no mmap for large blocks, no trimming
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, -1)
     import torch
     device, dtype = cfg.device, cfg.dtype
     if device == "auto":
@@ -200,7 +201,7 @@ def hardware(cfg):
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         kind = torch.zeros(1, device=device).device.type
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         fail(f"device is {device!r}: this machine doesn't have it; leave it at 'auto'")
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported(False) if kind == "cuda" else (

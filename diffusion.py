@@ -315,6 +315,11 @@ class Embed(nn.Module):
         i, up = self.bin(t)
         return self.edges[i] + up * (self.edges[i + 1] - self.edges[i])
 
+    def observe(self, x0, e0, t, counts):
+        """Adds to the sums of this step what estimates e0 of x0 (B, T) cost, where counts (B, T)."""
+        cost = self.integrand(x0, e0, self.logsnr(t))
+        self.fresh.index_add_(1, self.bin(t)[0], torch.stack((cost * counts, counts)).mean(2))
+
     def adapt(self, total):
         """Once a step, moves the schedule towards the integrand; total sums a tensor over all processes."""
         self.sums.mul_(0.99).add_(total(self.fresh))
@@ -398,9 +403,9 @@ class Embed(nn.Module):
         logits = self.denoise(xt, t, sc=sc, known=known)
         nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
         with torch.no_grad():
-            counts = ~(hidden | known.any(1, keepdim=True))[:, ::4]             # every 4th token will do
-            cost = self.integrand(x0[:, ::4], self.estimate(logits[:, ::4], xt[:, ::4]), self.logsnr(t))
-            self.fresh.index_add_(1, self.bin(t)[0], torch.stack((cost * counts, counts)).mean(2))
+            counts = ~(hidden | known.any(1, keepdim=True))
+            e0 = self.estimate(logits[:, ::4], xt[:, ::4])                      # every 4th token will do
+            self.observe(x0[:, ::4], e0, t, counts[:, ::4])
         return (nll * ~known).sum() / (~known).sum().clamp(min=1)
 
     def nelbo(self, x0, t):

@@ -23,8 +23,7 @@ def settle(model):
     for i in range(30):
         x0, t = exact.chain_draw(64), times(np.random.default_rng(i), 1, 64)[0]
         xt = model.corrupt(x0, t)
-        cost = model.integrand(x0, model.estimate(model.denoise(xt, t), xt), model.logsnr(t)).mean(1)
-        model.fresh.index_add_(1, model.bin(t)[0], torch.stack((cost, torch.ones_like(cost))))
+        model.observe(x0, model.estimate(model.denoise(xt, t), xt), t, torch.ones_like(x0))
         model.adapt(lambda tensor: tensor)
     return model
 
