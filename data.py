@@ -1,17 +1,21 @@
-"""Tokens on disk: data/<dataset>/ holds train.bin and val.bin (uint16 each) and meta.json (the tokenizer).
+"""Tokens and checkpoints on disk: data/<dataset>/ holds train.bin and val.bin (uint16 each) and meta.json.
 
 Bins are memory-mapped, so a corpus may be far larger than memory.
 """
 import codecs
+import gzip
+import http.client
+import io
 import json
+import lzma
 import os
 import pickle
+import zlib
 
 import numpy as np
 import torch
 
 from config import Config, fail
-from diffusion import PROCESSES
 
 
 class Tokenizer:
@@ -35,9 +39,8 @@ class Tokenizer:
         """List of ids; exits on a character that the alphabet lacks."""
         if self.chars is None:
             return self.bpe.encode_ordinary(text)
-        for c in text:
-            if c not in self.ids:
-                fail(f"the character {c!r} isn't in the tokenizer's alphabet of {self.V}: leave it out")
+        if lacking := set(text) - set(self.ids):
+            fail(f"the character {min(lacking)!r} isn't in the tokenizer's alphabet of {self.V}: leave it out")
         return [self.ids[c] for c in text]
 
     def pieces(self, ids):
@@ -53,38 +56,43 @@ class Tokenizer:
         return "".join(self.pieces(ids))
 
 
+# what reading a text, an archive or a download may raise
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError, http.client.HTTPException)
+
+
+def opened(path, stream=None):
+    """A text, plain, .xz or .gz, as UTF-8 without a byte order mark; its line ends are what they are. A stream
+    is read in place of the file at path, which then only names it."""
+    unpack = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1].lower())
+    unpacked = unpack(stream or path) if unpack else stream or open(path, "rb")  # noqa: SIM115 (the caller's)
+    return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
+
+
 def load_meta(dataset):
-    """meta.json of data/<dataset> as a dict; exits if the dataset isn't there."""
-    path = os.path.join("data", dataset, "meta.json")
-    script = "prepare_openwebtext.py" if dataset.startswith("openwebtext") else "prepare_shakespeare.py"
-    if not os.path.exists(path):
-        fail(f"there is no {path}: run python {script} --dataset {dataset} first")
+    """meta.json of data/<dataset> as a dict; exits if the data set isn't there, or not whole."""
+    folder = os.path.join("data", dataset)
     try:
-        with open(path, encoding="utf-8") as f:
+        if os.path.exists(path := os.path.join(folder, "progress.json")):
+            with open(path, encoding="utf-8") as f:
+                fail(f"{folder} is unfinished: {json.load(f)['command']} finishes it")
+        with open(path := os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
+        for split in "train", "val":
+            size = os.path.getsize(path := os.path.join(folder, f"{split}.bin"))
+            if size != 2 * meta[f"{split}_tokens"]:
+                fail(f"{path} has {size} bytes, not two for each of the {meta[f'{split}_tokens']} tokens that "
+                     "meta.json names: copy or prepare it again")
         return meta | {"vocab_size": int(meta["vocab_size"]), "source": str(meta["source"])}
-    except (ValueError, LookupError, TypeError):
-        fail(f"{path} isn't what {script} writes: run it again")
-
-
-def load_weights(model, weights, path):
-    """Loads a checkpoint's weights into model; exits if they are not this model's."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError):
-        fail(f"the weights in {path} don't fit this model: was it written by another version?")
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        fail(f"{path} can't be used ({type(e).__name__}): prepare_shakespeare.py (characters) and "
+             f"prepare_openwebtext.py (byte pairs) make it, with --dataset {dataset}")
 
 
 def load_bin(dataset, split, V, block_size, look=True):
     """The split as a memory-mapped uint16 array of at least a block; look: reads it all for ids beyond V."""
     path = os.path.join("data", dataset, f"{split}.bin")
-    if not os.path.exists(path):
-        fail(f"there is no {path}: run the prepare script for {dataset!r} again")
-    size = os.path.getsize(path)
-    if size % 2:
-        fail(f"{path} has an odd number of bytes ({size}), so it isn't whole uint16 tokens: prepare it again")
-    if size < 2 * block_size:
-        fail(f"{path} has {size // 2} tokens, fewer than block_size {block_size}: lower it or add text")
+    if (n := os.path.getsize(path) // 2) < block_size:
+        fail(f"{path} has {n} tokens, fewer than block_size {block_size}: lower it or add text")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     if look and tokens.max() >= V:
         fail(f"{path} holds the id {tokens.max()}, beyond the vocabulary of {V}: prepare it again")
@@ -99,25 +107,9 @@ def crops(tokens, rng, B, T):
 
 def replace_file(path, content):
     """Writes bytes under a temporary name, then renames: there is the old file or the new one, never half."""
-    with open(path + ".tmp", "wb") as f:
+    with open(f"{path}.tmp", "wb") as f:
         f.write(content)
-    os.replace(path + ".tmp", path)
-
-
-def write_dataset(dataset, train, val, meta):
-    """Writes uint16 arrays and meta.json into data/<dataset>."""
-    folder = os.path.join("data", dataset)
-    meta = meta | {"train_tokens": len(train), "val_tokens": len(val)}
-    contents = {"train.bin": train.tobytes(), "val.bin": val.tobytes(),
-                "meta.json": json.dumps(meta, indent=1).encode()}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if os.path.exists(os.path.join(folder, "meta.json")):   # without it, nobody takes the rest for whole
-            os.remove(os.path.join(folder, "meta.json"))
-        for name, content in contents.items():
-            replace_file(os.path.join(folder, name), content)
-    except OSError as e:
-        fail(f"{folder} can't be written ({e.strerror}): the dataset is not complete")
+    os.replace(f"{path}.tmp", path)
 
 
 def save_checkpoint(path, content):
@@ -126,8 +118,6 @@ def save_checkpoint(path, content):
         torch.save(content, path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:                # torch raises RuntimeErrors for a full disk
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
         fail(f"{path} can't be written ({e}); what was there before is as it was")
 
 
@@ -137,29 +127,15 @@ def load_checkpoint(path):
         fail(f"there is no checkpoint {path}: train first, or name another file or folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    # truncated, not a checkpoint, or one that asks to run code
-    except (RuntimeError, ValueError, LookupError, OSError, EOFError, pickle.UnpicklingError) as e:
-        fail(f"{path} can't be read as a checkpoint of this project ({type(e).__name__}): is it truncated?")
-    kinds = {"config": dict, "meta": dict, "model": dict, "step": int}
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), kinds[k]) for k in kinds):
-        fail(f"{path} is not a checkpoint of this project: config, meta, model or step isn't what this "
-             "version writes")
-    return content
+        Config(**content["config"]), content["model"], content["meta"]["source"], content["step"] + content.get("nelbo", 0)
+        return content
+    except (RuntimeError, ValueError, LookupError, TypeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        fail(f"{path} isn't a checkpoint of this version, or not all of one ({type(e).__name__})")
 
 
-def load_model(path, **changes):
-    """(model, tokenizer, its Config, a line about it) of a model.pt, ready to sample; exits if it isn't one.
-
-    changes are made to the Config it was trained with: the device (by default the CPU), dtype.
-    """
-    ckpt = load_checkpoint(path)
+def load_weights(model, weights, path):
+    """Loads a checkpoint's weights into model; exits if they are not this model's."""
     try:
-        cfg = Config(**ckpt["config"] | {"device": "cpu"} | changes)
-        tokenizer = Tokenizer(ckpt["meta"])
-        bound = f"{ckpt['nelbo']:.4f} nats/token" if "nelbo" in ckpt else "not measured"
-        about = f"step {ckpt['step']}, bound {bound}, trained on {ckpt['meta']['source']}"
-    except (TypeError, ValueError, LookupError) as e:
-        fail(f"{path} isn't a model of this version ({type(e).__name__}: {e})")
-    model = PROCESSES[cfg.process](cfg, tokenizer.V)
-    load_weights(model, ckpt["model"], path)
-    return model.to(cfg.device).eval(), tokenizer, cfg, about
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError):
+        fail(f"the weights in {path} don't fit this model: was it written by another version?")

@@ -50,19 +50,16 @@ def configure_optimizers(model, cfg):
                               fused=True)]
 
 
-def update(model, ema, optimizers, grad_clip, keep, total=lambda tensor: tensor):
-    """Clips the gradients (0: not), steps and clears them, and adapts the schedule, for which total sums a
-    tensor over all processes; then ema moves towards model: it keeps the share keep of each weight."""
+def update(model, ema, optimizers, grad_clip, keep):
+    """Clips the gradients (0: not), steps and clears them; then ema moves towards model: it keeps the share
+    keep of each weight."""
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    model.adapt(total)
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
-        for average, buffer in zip(ema.buffers(), model.buffers()):
-            average.copy_(buffer)
 
 
 def peak_flops(chip):

@@ -13,7 +13,7 @@
 # By arithmetic, none of it measured yet (bench.py measures):
 # - work: 739 MFLOP a token, 7.3e19 in all. At 40 % of the 989 TFLOP/s of an H100 or H200: 2.1 days on one,
 #   0.7 on 3, 0.3 on 8. An A100 takes 3.2 times as long.
-# - learning rates: those of the small models in results/bpe.md, not tuned at this size.
+# - learning rates: those of the small models in results/history.md, not tuned at this size.
 # - memory: weights, gradients and average 1.5 GB, momenta 0.7 GB, DDP's copy of the gradients 0.5 GB; about
 #   0.4 GB of activations for each sequence of a micro-batch: 4 GB with micro-batches of 4, 9 with 16.
 out_dir = "out-owt-masked"
