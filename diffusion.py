@@ -54,12 +54,9 @@ def lot(mask, k):
 
 def probabilities(logits, temperature, top_k, top_p):
     """softmax(logits / temperature) of the top_k likeliest tokens (0: all), then of the fewest with the share
-    top_p of the rest; 0 for the others. temperature 0: all to the likeliest token."""
-    if temperature < 1e-30:                             # float32 ends there
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    if temperature != 1:
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    p = logits.softmax(-1, dtype=torch.float32)
+    top_p of the rest; 0 for the others. temperature 0: all to the likeliest."""
+    best = logits.amax(-1, keepdim=True)
+    p = ((logits - best) / max(temperature, 1e-30)).softmax(-1, dtype=torch.float32)
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
@@ -182,12 +179,15 @@ class Masked(nn.Module):
             after = after.minimum(left)
             back = (remask * (n - left) + torch.rand(n.shape, device=n.device)).long().minimum(after)
             quota = left - after + back                                         # (B,) to reveal in this step
-            # random places don't depend on logits: then the head computes those alone
-            blind = order == "random" and threshold == 1
+            blind = order == "random" and threshold == 1    # the places don't depend on logits: head at them alone
             reveal = lot(masked, quota) if blind else masked
             if not (quota.any() if threshold == 1 else left.any()):
                 continue
-            logits = self.guided(x, known, reveal, guidance)                    # (K, V)
+            at = reveal.flatten().nonzero().squeeze(1)
+            logits = self.denoise_at(x, at)                                     # (K, V)
+            if guidance:    # away from what they'd be without the known tokens (classifier-free, arXiv:2207.12598)
+                without = self.denoise_at(x.masked_fill(known, self.V), at)
+                logits = without + (1 + guidance) * (logits - without)
             if not blind:
                 p, nowhere = logits.softmax(1), torch.full(x.shape, -torch.inf, device=x.device)
                 reveal = choose(nowhere.masked_scatter(masked, ORDERS[order](p)), quota)
@@ -197,16 +197,6 @@ class Masked(nn.Module):
             if remask:
                 x = x.masked_fill(lot(shown, back), self.V)
             yield x, (x != self.V).float()
-
-    def guided(self, x, known, where, guidance):
-        """Logits (K, V) at the places where (B, T), moved away from what they would be without the known
-        tokens (classifier-free guidance, arXiv:2207.12598), for which the network is called once more."""
-        at = where.flatten().nonzero().squeeze(1)
-        logits = self.denoise_at(x, at)
-        if guidance:
-            without = self.denoise_at(x.masked_fill(known, self.V), at)
-            logits = without + (1 + guidance) * (logits - without)
-        return logits
 
 
 class Embed(nn.Module):

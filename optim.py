@@ -16,9 +16,8 @@ def orthogonalise(G):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
 
-    Not torch.optim.Muon, which always rounds to bfloat16: with dtype float32, gradients that differ in the
-    last bit, as sums over 1, 2 and 4 processes do, give weights that differ in the last bits. All layers go
-    at once.
+    Not torch.optim.Muon, which always rounds to bfloat16: in float32, gradients that differ in the last bit, as
+    sums over 1 and 4 processes do, give weights that differ in the last bits. Matrices of a shape go at once.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -27,18 +26,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for shape in dict.fromkeys(p.shape for p in group["params"]):
-                params = [p for p in group["params"] if p.shape == shape]
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["average"] = torch.zeros_like(p)
-                    self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
-                nesterov = [p.grad.lerp(self.state[p]["average"], group["momentum"]) for p in params]
-                update = orthogonalise(torch.stack(nesterov).to(self.dtype)).float()
-                lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update), alpha=-lr)
+        group = self.param_groups[0]
+        for shape in dict.fromkeys(p.shape for p in group["params"]):
+            params = [p for p in group["params"] if p.shape == shape]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
+            nesterov = [p.grad.lerp(self.state[p]["average"], group["momentum"]) for p in params]
+            update = orthogonalise(torch.stack(nesterov).to(self.dtype)).float()
+            lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5               # equal steps for each output
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update), alpha=-lr)
 
 
 def configure_optimizers(model, cfg):
@@ -50,16 +49,15 @@ def configure_optimizers(model, cfg):
                               fused=True)]
 
 
+@torch.no_grad()
 def update(model, ema, optimizers, grad_clip, keep):
-    """Clips the gradients (0: not), steps and clears them; then ema moves towards model: it keeps the share
-    keep of each weight."""
+    """Clips the gradients (0: not), steps and clears them; ema moves to model, keeping that share of itself."""
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
 
 
 def peak_flops(chip):

@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import optim
 from config import Config, SampleConfig, load
 from data import Tokenizer, crops, load_checkpoint
 from diffusion import ORDERS, PROCESSES, SCHEDULES, draw, load_model, probabilities, times
@@ -441,7 +442,7 @@ def test_draws_follow_the_probabilities_and_never_take_a_zero():
 def test_truncation_keeps_the_likeliest():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 0.0]])        # .644, .237, .087, .032; ties
     for settings, kept in [((1.0, 0, 1.0), [4, 4]), ((1.0, 2, 1.0), [2, 2]), ((1.0, 0, 0.7), [2, 2]),
-                           ((1.0, 0, 1e-50), [1, 1]), ((0.0, 0, 1.0), [1, 1]), ((1.0, 9, 0.9), [3, 2])]:
+                           ((1.0, 0, 1e-50), [1, 1]), ((0.0, 0, 1.0), [1, 2]), ((1.0, 9, 0.9), [3, 2])]:
         p = probabilities(logits, *settings)
         assert (p > 0).sum(-1).tolist() == kept, settings
         truth = logits.softmax(-1) * (p > 0)
@@ -909,17 +910,17 @@ def test_training_prints_and_logs_what_it_promises_and_a_model_its_bound(here, c
     assert "but block_size 16 (was 32)" in capsys.readouterr().out
 
 
-def lerp_calls(monkeypatch, at, action):
-    """Calls action() in the step number at; returns a list with an entry for each step."""
-    steps, lerp = [], torch._foreach_lerp_
+def in_step(number, action, monkeypatch):
+    """Calls action() in that optimizer step of the run to come; returns a list with an entry for each step."""
+    steps, update = [], optim.update
 
     def counted(*args):
         steps.append(1)
-        if len(steps) == at:
+        if len(steps) == number:
             action()
-        return lerp(*args)
+        update(*args)
 
-    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    monkeypatch.setattr(optim, "update", counted)
     return steps
 
 
@@ -930,7 +931,7 @@ def test_stop_and_resume_is_bit_identical(here, process, number, capfd, monkeypa
     folders = [f"{process}-whole", f"{process}-parts"]
     script("train.py", *flags, f"--out_dir={folders[0]}")
     with monkeypatch.context() as patch:                    # a signal in step 5: it is finished and saved
-        steps = lerp_calls(patch, 5, lambda: os.kill(os.getpid(), number))
+        steps = in_step(5, lambda: os.kill(os.getpid(), number), patch)
         script("train.py", *flags, f"--out_dir={folders[1]}")
     out, err = capfd.readouterr()
     assert len(steps) == 5 and "stopped at step 5" in out and err.count("stopping after this step") == 1
