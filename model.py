@@ -97,8 +97,3 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, mod[:, i], cos, sin)
         return norm(x)
-
-    def flops(self, T):
-        """Of one pass, per token: two for each weight of a matrix, and the attention over T positions."""
-        matrices = sum(p.numel() for p in self.blocks.parameters())
-        return 2 * matrices + 4 * len(self.blocks) * T * self.table.size(2)

@@ -58,9 +58,3 @@ def update(model, ema, optimizers, grad_clip, keep):
         optimizer.step()
         optimizer.zero_grad()
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
-
-
-def peak_flops(chip):
-    """Dense bfloat16 FLOP/s of a chip's data sheet, or None for a chip that isn't listed here."""
-    peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-    return next((flops for name, flops in peaks.items() if name in chip), None)

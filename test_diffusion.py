@@ -129,7 +129,7 @@ def mean_bound(model, batches):
 
 
 @pytest.mark.parametrize("process, constants, above", [
-    ("masked", {}, 0), ("embed", {}, 0), ("embed", {"CURVE": (60, 9)}, 0), ("embed", {"CURVE": (4, 2)}, 0),
+    ("masked", {}, 0), ("embed", {}, 0), ("embed", {"CURVE": (30, 9)}, 0), ("embed", {"CURVE": (2, 2)}, 0),
     # a short range of noise: the terms at its ends are worth .07 and .18; z1's marginal is .02 from N(0, I)
     ("embed", {"ENDS": (2, -2)}, 0.02)])
 def test_bound_of_the_exact_posterior_is_the_entropy(process, constants, above):

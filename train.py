@@ -30,7 +30,7 @@ import prepare_shakespeare
 from config import Config, fail, hardware, load
 from data import Tokenizer, crops, load_bin, load_checkpoint, load_meta, load_weights, save_checkpoint
 from diffusion import PROCESSES, times
-from optim import configure_optimizers, peak_flops, update
+from optim import configure_optimizers, update
 
 sys.stdout.reconfigure(line_buffering=True, errors="replace")
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -255,7 +255,7 @@ if master and not cfg.eval_only:
     if step == measured >= cfg.max_iters:
         print(f"step {step} of {cfg.max_iters} is done: pass a larger --max_iters to go on")
 losses = []                              # of the steps since the last look, on the device
-looked, looked_step, peak = time.time(), step, peak_flops(chip)
+looked, looked_step = time.time(), step
 bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master or cfg.eval_only)
 try:
     if cfg.eval_only:
@@ -264,8 +264,7 @@ try:
         evaluating = step != measured and (step % cfg.eval_interval == 0 or step == cfg.max_iters)
         if evaluating or losses and step % cfg.log_interval == 0:
             rate, loss = (step - looked_step) * A * B * T / (time.time() - looked), mean_loss()
-            mfu = f", MFU {rate * model.flops(T) / (peak * world):.1%}" if peak else ""
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{mfu}")
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
             if evaluating:
                 report(loss)
                 measured = step
