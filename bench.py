@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, hardware, load
-from data import Tokenizer, crops, load_bin, load_meta
+from data import Tokenizer, crops, load_data
 from diffusion import Embed, Masked, times
 from optim import configure_optimizers, update
 
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}     # bfloat16 TFLOP/s
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}     # TFLOP/s bf16
 
 
 class Causal(Masked):
@@ -70,8 +70,8 @@ gpu, A, B, T = "cuda" in cfg.device, cfg.gradient_accumulation_steps, cfg.batch_
 if cfg.dataset == "synthetic":
     V, tokens = 50304, np.random.default_rng(0).integers(0, 50257, 2 ** 20).astype(np.uint16)
 else:
-    meta = load_meta(cfg.dataset)
-    V, tokens = Tokenizer(meta).V, load_bin(cfg.dataset, "train", meta["vocab_size"], cfg.block_size)
+    meta, splits = load_data(cfg.dataset, cfg.block_size)
+    V, tokens = Tokenizer(meta).V, splits["train"]
 chip = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
 print(f"{chip}, torch {torch.__version__}, {cfg.dtype}{', compiled' * cfg.compile}; {cfg.n_layer} layers x "
       f"{cfg.n_embd}, V = {V:,}; a step is {A} x {B} x {T} = {A * B * T:,} tokens")

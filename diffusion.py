@@ -1,8 +1,8 @@
 """The diffusion process: how text is destroyed, what the network learns from that, and how text is made.
 
-B sequences of T tokens; vocabulary V, channels C. x0 are the data's tokens, xt noisy ones, or noisy vectors of
-width D. t in [0, 1] is the share of the information that the noise has destroyed: 0 is text, 1 is pure noise;
-a sampler's step goes from t to s < t. `known` (B, T) is True where a token is given and must stay.
+B sequences of T tokens; vocabulary V, channels C. x0 are the data's tokens, xt noisy ones, or noisy vectors
+of width D. t in [0, 1] is the share of the information that the noise has destroyed: 0 is text, 1 is noise; a
+sampler's step goes from t to s < t. `known` (B, T) is True where a token is given and must stay.
 """
 import math
 
@@ -14,7 +14,7 @@ from config import Config
 from data import Tokenizer, load_checkpoint, load_weights
 from model import Linear, Transformer
 
-SCHEDULES = {       # how the sampler walks from t = 1 to 0: u is the share of its steps still to go, the value t
+SCHEDULES = {       # how the sampler walks from t = 1 to 0: u is the share of its steps to go, the value is t
     "linear": lambda u: u,
     "cosine": lambda u: math.sin(u * math.pi / 2),                              # few tokens first, many last
     "squared_cosine": lambda u: math.sin(u * math.pi / 2) ** 2,                 # few first and few last
@@ -175,13 +175,14 @@ class Masked(nn.Module):
             after = after.minimum(left)
             back = (remask * (n - left) + torch.rand(n.shape, device=n.device)).long().minimum(after)
             quota = left - after + back                                         # (B,) to reveal in this step
-            blind = order == "random" and threshold == 1    # the places don't depend on logits: head at them alone
+            # random places don't depend on logits: then the head computes those alone
+            blind = order == "random" and threshold == 1
             reveal = lot(masked, quota) if blind else masked
             if not (quota.any() if threshold == 1 else left.any()):
                 continue
             at = reveal.flatten().nonzero().squeeze(1)
             logits = self.denoise_at(x, at)                                     # (K, V)
-            if guidance:    # away from what they'd be without the known tokens (classifier-free, arXiv:2207.12598)
+            if guidance:            # away from what they are without the known tokens (arXiv:2207.12598)
                 without = self.denoise_at(x.masked_fill(known, self.V), at)
                 logits = without + (1 + guidance) * (logits - without)
             if not blind:
@@ -199,8 +200,8 @@ class Embed(nn.Module):
     """Gaussian noise on embeddings: xt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
 
     The network answers with a distribution over tokens (CDCD, arXiv:2211.15089) and learns by cross-entropy.
-    E's rows, of width D, have length sqrt(D): they can neither shrink together nor run away. The schedule is such
-    that equal pieces of t carry about equal parts of the bound, as measured on characters and on byte pairs.
+    E's rows, of width D, have length sqrt(D): they can neither shrink together nor run away. Equal pieces of
+    t carry about equal parts of the bound: the schedule was fitted to what characters and byte pairs cost.
     """
     ENDS = 5.5, -6.0        # log D + logsnr at t = 0 and t = 1
     CURVE = 4, 3.5          # of the schedule in between: c / log V and a; h nats are decided around x = 2 h
@@ -245,7 +246,7 @@ class Embed(nn.Module):
         return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
 
     def between(self, x0, e0, t):
-        """(B, T) nats that estimates e0 of x0 (B, T) cost between the two ends of the schedule: the integral of
+        """(B, T) nats that estimates e0 of x0 (B, T) cost between the ends of the schedule: the integral of
         1/2 e^logsnr |E[x0] - e0|^2 over logsnr (VDM, arXiv:2107.00630, eq. 17), of which t is a sample."""
         logsnr, slope = self.schedule(t)
         return (0.5 * logsnr.exp() * slope)[:, None] * (self.table()[x0] - e0).square().sum(-1)
@@ -315,11 +316,8 @@ class Embed(nn.Module):
         return (second.softmax(-1, dtype=torch.float32) + third.softmax(-1, dtype=torch.float32)) / 2
 
     def nelbo(self, x0, t):
-        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T.
-
-        What the noisiest state still tells, plus what is between, plus the cross-entropy at the cleanest
-        (VDM, arXiv:2107.00630, eq. 11).
-        """
+        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T: what the end of
+        noise tells, what is between, and cross-entropy at the clean end (VDM, arXiv:2107.00630, eq. 11)."""
         prior = 0.5 * self.D * F.softplus(self.logsnr(torch.ones_like(t)))      # KL(q(x1|x0) || N(0, I))
         between = self.between(x0, self.refined(x0, t) @ self.table(), t)
         zero = torch.zeros_like(t)
@@ -384,8 +382,7 @@ def load_model(path, **changes):
     changes are made to the Config it was trained with: the device (by default the CPU), dtype.
     """
     ckpt = load_checkpoint(path)
-    cfg = Config(**ckpt["config"] | {"device": "cpu"} | changes)
-    tokenizer = Tokenizer(ckpt["meta"])
+    cfg, tokenizer = Config(**ckpt["config"] | {"device": "cpu"} | changes), Tokenizer(ckpt["meta"])
     model = PROCESSES[cfg.process](cfg, tokenizer.V)
     load_weights(model, ckpt["model"], path)
     bound = f"{ckpt['nelbo']:.4f} nats/token" if "nelbo" in ckpt else "not measured"

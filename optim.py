@@ -16,8 +16,8 @@ def orthogonalise(G):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
 
-    Not torch.optim.Muon, which always rounds to bfloat16: in float32, gradients that differ in the last bit, as
-    sums over 1 and 4 processes do, give weights that differ in the last bits. Matrices of a shape go at once.
+    Not torch.optim.Muon, which always rounds to bfloat16: in float32, gradients that differ in the last bit,
+    as sums over 1 and 4 processes do, give weights that differ in the last bits. A shape's go at once.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -51,7 +51,7 @@ def configure_optimizers(model, cfg):
 
 @torch.no_grad()
 def update(model, ema, optimizers, grad_clip, keep):
-    """Clips the gradients (0: not), steps and clears them; ema moves to model, keeping that share of itself."""
+    """Clips the gradients (0: not), steps, clears them; then ema moves to model, but for the share keep."""
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

@@ -63,6 +63,18 @@ def unknown(B, T):
     return torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
 
 
+def data_and_times():
+    """x0 (8, 32) of 11 tokens, and times in pairs for it."""
+    return torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
+
+
+def is_distributed(tokens, weights):
+    """Whether tokens (n,) are drawn in proportion to weights (V,), within five standard errors each."""
+    truth = weights / weights.sum()
+    share = torch.bincount(tokens, minlength=len(weights)) / len(tokens)
+    return bool(((share - truth).abs() < 5 * (truth * (1 - truth) / len(tokens)).sqrt() + 1e-9).all())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # exact posteriors: a first-order Markov chain, where what each position may be follows by forward-backward
 
@@ -70,33 +82,26 @@ V_CHAIN, T_CHAIN = 8, 12
 CHAIN = torch.softmax(
     1.5 * torch.randn(V_CHAIN, V_CHAIN, generator=torch.Generator().manual_seed(1)), -1).double()
 START = torch.linalg.matrix_power(CHAIN, 200)[0]                                # its stationary distribution
-ENTROPY = -(START * START.log()).sum()
-ENTROPY_RATE = -(START[:, None] * CHAIN * CHAIN.log()).sum()
-CHAIN_NATS = float(ENTROPY + (T_CHAIN - 1) * ENTROPY_RATE) / T_CHAIN            # nats per token of a sequence
+PAIRS = START[:, None] * CHAIN                                                  # of two tokens in a row
+CHAIN_NATS = float(-(START * START.log()).sum() - (T_CHAIN - 1) * (PAIRS * CHAIN.log()).sum()) / T_CHAIN
 
 
-def chain_draw(n, T=T_CHAIN):
-    x = torch.zeros(n, T, dtype=torch.long)
+def chain_draw(n):
+    x = torch.zeros(n, T_CHAIN, dtype=torch.long)
     x[:, 0] = draw(START.expand(n, -1))
-    for i in range(1, T):
+    for i in range(1, T_CHAIN):
         x[:, i] = draw(CHAIN[x[:, i - 1]])
     return x
 
 
 def chain_posterior(evidence):
     """log p(token | all evidence) at each position; evidence (B, T, V) are likelihoods up to a factor."""
-    evidence = evidence.double()
-    T = evidence.size(1)
-    forward, backward = torch.empty_like(evidence), torch.ones_like(evidence)
+    forward, backward = torch.empty_like(evidence.double()), torch.ones_like(evidence.double())
     forward[:, 0] = START * evidence[:, 0]
-    for i in range(1, T):
-        forward[:, i] = forward[:, i - 1] @ CHAIN * evidence[:, i]
-        forward[:, i] /= forward[:, i].sum(-1, keepdim=True)
-    for i in range(T - 2, -1, -1):
-        backward[:, i] = (backward[:, i + 1] * evidence[:, i + 1]) @ CHAIN.T
-        backward[:, i] /= backward[:, i].sum(-1, keepdim=True)
-    posterior = forward * backward
-    return (posterior / posterior.sum(-1, keepdim=True)).log().clamp(min=-60)
+    for i in range(1, evidence.size(1)):
+        forward[:, i] = F.normalize(forward[:, i - 1] @ CHAIN * evidence[:, i], p=1, eps=0)
+        backward[:, -1 - i] = F.normalize((backward[:, -i] * evidence[:, -i]) @ CHAIN.T, p=1, eps=0)
+    return F.normalize(forward * backward, p=1, dim=-1, eps=0).log().clamp(min=-60)
 
 
 def exact_chain(process, **constants):
@@ -119,60 +124,39 @@ def exact_chain(process, **constants):
     return model
 
 
-@torch.no_grad()
-def mean_bound(model, batches):
-    """Mean nelbo of texts of the chain and its standard error, over so many stratified batches of 64."""
-    torch.manual_seed(0)
-    means = torch.stack([model.nelbo(chain_draw(64), times(np.random.default_rng(i), 1, 64)[0]).mean()
-                         for i in range(batches)])
-    return float(means.mean()), float(means.std() / batches ** 0.5)
-
-
 @pytest.mark.parametrize("process, constants, above", [
     ("masked", {}, 0), ("embed", {}, 0), ("embed", {"CURVE": (30, 9)}, 0), ("embed", {"CURVE": (2, 2)}, 0),
     # a short range of noise: the terms at its ends are worth .07 and .18; z1's marginal is .02 from N(0, I)
     ("embed", {"ENDS": (2, -2)}, 0.02)])
-def test_bound_of_the_exact_posterior_is_the_entropy(process, constants, above):
-    bound, se = mean_bound(exact_chain(process, **constants), 300)
-    assert se < 0.02 and -4 * se < bound - CHAIN_NATS < 4 * se + above
+def test_bound_of_the_exact_posterior_is_the_entropy_that_of_another_is_above(process, constants, above):
+    def mean_bound(batches):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            means = torch.stack([model.nelbo(chain_draw(64), times(np.random.default_rng(i), 1, 64)[0]).mean()
+                                 for i in range(batches)])
+        return float(means.mean()) - CHAIN_NATS, float(means.std() / batches ** 0.5)
 
-
-@pytest.mark.parametrize("process", PROCESSES)
-def test_bound_of_a_wrong_posterior_is_above_the_entropy(process):
-    model = exact_chain(process)
+    model = exact_chain(process, **constants)
+    excess, se = mean_bound(300)
+    assert se < 0.02 and -4 * se < excess < 4 * se + above
     exact = model.denoise
     model.denoise = lambda xt, t, **more: 0.4 * exact(xt, t, **more)
-    bound, se = mean_bound(model, 100)
-    assert bound > CHAIN_NATS + 4 * se
-
-
-def has_the_chains_transitions(x):
-    """Whether each share of pairs in x (n, T_CHAIN) is within five standard errors of the chain's."""
-    pairs = torch.bincount((x[:, :-1] * V_CHAIN + x[:, 1:]).flatten(), minlength=V_CHAIN ** 2)
-    share, expected = pairs.view(V_CHAIN, V_CHAIN) / pairs.sum(), START[:, None] * CHAIN
-    se = (expected * (1 - expected) / pairs.sum()).sqrt()
-    return bool(((share - expected).abs() < 5 * se).all())
-
-
-def is_distributed(tokens, weights):
-    """Whether tokens (n,) are drawn in proportion to weights, within 4.5 standard errors each."""
-    truth = weights / weights.sum()
-    share = torch.bincount(tokens, minlength=len(weights)) / len(tokens)
-    return bool(((share - truth).abs() < 4.5 * (truth * (1 - truth) / len(tokens)).sqrt() + 1e-9).all())
+    excess, se = mean_bound(50)
+    assert excess > 4 * se
 
 
 @pytest.mark.parametrize("process, steps, settings", [
-    ("masked", T_CHAIN, {}), ("masked", 150, {"remask": 0.1}), ("masked", 150, {"noise": 0.6}),
-    ("masked", T_CHAIN, {"order": "confidence"}), ("masked", T_CHAIN, {"order": "entropy", "threshold": 0.999}),
-    ("embed", 100, {}), ("embed", 100, {"eta": 0.0}), ("embed", 100, {"noise": 0.4})])
+    ("masked", 12, {}), ("masked", 150, {"remask": 0.1}), ("masked", 150, {"noise": 0.6}),
+    ("masked", 12, {"order": "confidence"}), ("masked", 12, {"order": "entropy", "threshold": 0.999}),
+    ("embed", 100, {}), ("embed", 100, {"eta": 0.0}), ("embed", 150, {"noise": 0.4})])
 def test_samples_of_the_exact_posterior_have_the_chains_transitions(process, steps, settings):
     torch.manual_seed(0)
-    x, known = chain_draw(3000), torch.zeros(3000, T_CHAIN, dtype=torch.bool)
+    x, known = chain_draw(3000), unknown(3000, T_CHAIN)[1]
     *_, (y, _) = exact_chain(process).sample(x, known, steps, **settings)
     kept, chance = float((y == x).float().mean()), float((START ** 2).sum())
     # tokens stay, or are like what they were, where the noise leaves something of them
     assert chance + 0.1 < kept < 0.95 if "noise" in settings else abs(kept - chance) < 0.02
-    assert has_the_chains_transitions(y)
+    assert is_distributed((y[:, :-1] * V_CHAIN + y[:, 1:]).flatten(), PAIRS.flatten())
 
 
 @pytest.mark.parametrize("process, w", [("masked", 0.0), ("masked", 0.5), ("masked", 2.0), ("embed", 0.0)])
@@ -210,23 +194,20 @@ def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
     stir(model, 0.3)
     x0 = torch.tensor([[2, 0, 1, 1]])
 
-    def nats(masked):
-        logits = model.denoise(x0.masked_fill(masked, V), masked.sum(1) / T)
-        return F.cross_entropy(logits[0], x0[0], reduction="none")              # (T,)
+    def only(places):
+        return torch.tensor([[i in places for i in range(T)]])                  # (1, T)
 
-    chain = []
-    for order in itertools.permutations(range(T)):
-        masked, total = torch.ones(1, T, dtype=torch.bool), 0
-        for i in order:
-            total += nats(masked)[i]
-            masked[0, i] = False
-        chain.append(total / T)
+    def nats(i, masked):
+        logits = model.denoise(x0.masked_fill(masked, V), masked.sum(1) / T)
+        return F.cross_entropy(logits[0, i], x0[0, i])
+
+    chain = [nats(i, only(order[n:]))
+             for order in itertools.permutations(range(T)) for n, i in enumerate(order)]
     per_k = []
     for k in range(1, T + 1):
         bounds = []
         for places in itertools.combinations(range(T), k):
-            masked = torch.zeros(1, T, dtype=torch.bool)
-            masked[0, list(places)] = True
+            masked = only(places)
             model.corrupt = lambda x0, t, masked=masked: x0.masked_fill(masked, V)
             bounds.append(model.nelbo(x0, torch.tensor([(k - 0.5) / T])))
         per_k.append(torch.stack(bounds).mean())
@@ -235,16 +216,16 @@ def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
 
 @pytest.mark.parametrize("T", [1, 7, 32, 100, 1000])
 def test_masks_are_exact_and_mirrored(T):
-    model = build("masked", 5)
+    model, x0 = build("masked", 5), torch.zeros(16, T, dtype=torch.long)
     for t in [t for seed in range(20) for t in times(np.random.default_rng(seed), 3, 16)]:
-        xt = model.corrupt(torch.zeros(16, T, dtype=torch.long), t)
+        xt = model.corrupt(x0, t)
         k = (xt == 5).sum(1)
         assert torch.equal(k, (t.double() * T).floor().long() + 1) and ((xt == 5) | (xt == 0)).all()
         assert (k[:8] + k[8:] == T + 1).all()
-    assert (model.corrupt(torch.zeros(2, T, dtype=torch.long), torch.tensor([0.0, 1.0])) == 5).sum(1).tolist() == [1, T]
+    assert (model.corrupt(x0[:2], torch.tensor([0.0, 1.0])) == 5).sum(1).tolist() == [1, T]
 
 
-def test_times_are_stratified_over_the_whole_step():
+def test_times_are_stratified_over_the_whole_step_and_crops_cover_the_split():
     t = times(np.random.default_rng(0), 4, 8)
     assert torch.equal(t[:, :4] + t[:, 4:], torch.ones(4, 4))
     # 16 pairs: no gap beyond two strata, and each micro-batch by itself
@@ -252,30 +233,25 @@ def test_times_are_stratified_over_the_whole_step():
     assert all((row.sort().values.diff() < 2 / 4 + 1e-3).all() for row in t)
     mean = torch.stack([times(np.random.default_rng(i), 2, 4) for i in range(4000)])
     assert abs(mean.mean() - 0.5) < 1e-3 and abs(mean.var() - 1 / 12) < 2e-3    # each time is uniform
+    x = crops(np.arange(40, dtype=np.uint16), np.random.default_rng(0), 500, 8)
+    assert x.dtype == torch.int64 and x.min() == 0 and x.max() == 39 and (x.diff() == 1).all()
 
 
-@pytest.mark.parametrize("what", ["bound", "loss"])
-def test_head_at_masked_positions_gives_the_loss_and_gradients_of_the_full_head(what):
-    model = build("masked", 11)
-    x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
-    torch.manual_seed(1)
-    short = model(x0, t) if what == "loss" else model.nelbo(x0, t).mean()
-    short.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    torch.manual_seed(1)
+def test_head_at_masked_positions_gives_the_losses_and_gradients_of_the_full_head():
+    model, (x0, t) = build("masked", 11), data_and_times()
     xt = model.corrupt(x0, t)
-    k = (xt == 11).sum(1)
+    model.corrupt, k = lambda x0, t: xt, (xt == 11).sum(1)
     nll = F.cross_entropy(model.denoise(xt, k / 32).transpose(1, 2), x0, reduction="none") * (xt == 11)
-    full = nll.sum() / (8 * 33 / 2) if what == "loss" else (nll.sum(1) / k).mean()
-    full.backward()
-    assert abs((full - short).item()) < 1e-5
-    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(gradients, model.parameters()))
+    for short, full in ((model(x0, t), nll.sum() / (8 * 33 / 2)),
+                        (model.nelbo(x0, t).mean(), (nll.sum(1) / k).mean())):
+        assert abs((full - short).item()) < 1e-5
+        gradients = [torch.autograd.grad(x, model.parameters(), retain_graph=True) for x in (short, full)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method")                           # of torch's own compiler
 def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number():
-    x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
-    model = build("masked", 11)
+    model, (x0, t) = build("masked", 11), data_and_times()
     xt = model.corrupt(x0, t)
     model.corrupt = lambda x0, t: xt                                            # compiled, other noise comes
     eager = model(x0, t)
@@ -288,8 +264,7 @@ def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number()
 
 
 def test_hidden_tokens_cost_what_the_frequencies_leave():
-    model = build("embed", 11)
-    x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
+    model, (x0, t) = build("embed", 11), data_and_times()
     torch.nn.init.zeros_(model.head.weight)                                     # the context tells nothing
     torch.nn.init.normal_(model.bias)
     model.HIDDEN_SHARE, model.KNOWN_SHARE = 1.0, 0.0
@@ -312,10 +287,7 @@ def test_the_schedules_slope_is_its_derivative_and_a_known_token_is_clean():
     assert (p.gather(-1, x0[..., None])[known] > 0.999).all() and p[~known].amax() < 0.9
 
 
-# ------------------------------------------------------------------------------------------------------------
-# network
-
-def test_network_sees_all_positions_both_ways_and_the_time():
+def test_network_sees_all_positions_and_the_time_and_drops_in_training_only():
     net = build("masked", 11).net
     stir(net)
     x, t = torch.randn(1, 16, 32), torch.tensor([0.3])
@@ -330,15 +302,9 @@ def test_network_sees_all_positions_both_ways_and_the_time():
     short = build("masked", 11, dtype="bfloat16").net
     short.load_state_dict(net.state_dict())
     assert (short(x, t).float() - y).abs().max() < 0.1
-
-
-def test_dropout_drops_in_training_only():
-    model = build("masked", 11, dropout=0.5)
-    stir(model.net)
-    x, t = torch.randint(11, (2, 32)), torch.rand(2)
-    assert torch.equal(model.denoise(x, t), model.denoise(x, t))
-    model.train()
-    assert not torch.equal(model.denoise(x, t), model.denoise(x, t))
+    net = build("masked", 11, dropout=0.5).net
+    stir(net)
+    assert torch.equal(net(x, t), net(x, t)) and not torch.equal(net.train()(x, t), net(x, t))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -350,40 +316,32 @@ def test_every_sampler_setting_keeps_known_tokens_and_its_promises(process):
     model = build(process, 11)
     denoise, calls = model.denoise, []
     model.denoise = lambda *args, **kw: calls.append(1) or denoise(*args, **kw)
-    for _ in range(200):
+    choices = {"schedule": list(SCHEDULES), "noise": [1, 1, 0.6, 1e-6], "guidance": [0, 0, 1.5],
+               "temperature": [0, 0.5, 1, 2], "top_k": [0, 1, 3, 14], "top_p": [0.1, 0.9, 1]}
+    choices |= {"embed": {"eta": [0, 0.5, 1]}, "masked": {
+        "order": list(ORDERS), "threshold": [1, 1, 0.3], "remask": [0, 0, 0.3, 0.9]}}[process]
+    for _ in range(100):
         B, T, steps = int(rng.integers(1, 5)), int(rng.integers(1, 33)), int(rng.integers(1, 50))
         known = torch.from_numpy(rng.random((B, T)) < rng.choice([0, 0.5, 0.9, 1]))
         x = torch.from_numpy(rng.integers(0, 11, (B, T)))
-        settings = {"schedule": str(rng.choice(list(SCHEDULES))),
-                    "noise": float(rng.choice([1, 1, 0.6, 0.01])),
-                    "guidance": float(rng.choice([0, 0, 1.5])),
-                    "temperature": float(rng.choice([0, 0.5, 1, 2])),
-                    "top_k": int(rng.integers(0, 15)), "top_p": float(rng.choice([0.1, 0.9, 1]))}
-        if process == "embed":
-            settings["eta"] = float(rng.choice([0, 0.5, 1]))
-        else:
-            settings["order"] = str(rng.choice(list(ORDERS)))
-            settings["threshold"] = float(rng.choice([1, 1, 0.3]))
-            settings["remask"] = float(rng.choice([0, 0, 0.3, 0.9]))
-        calls.clear()
-        torch.manual_seed(7)
-        states = list(model.sample(x, known, steps, **settings))
-        n = (~known).sum(1)
+        settings = {name: rng.choice(values).item() for name, values in choices.items()}
+        n, runs = (~known).sum(1), []
+        for _ in range(2):                              # with the same seed the same texts
+            calls.clear()
+            torch.manual_seed(7)
+            runs.append(list(model.sample(x, known, steps, **settings)))
+        assert torch.equal(runs[0][-1][0], runs[1][-1][0])
         least = most = steps * int(n.any())
         if process == "masked":
             noised = int((n * settings["noise"]).round().clamp(min=1).minimum(n).max())
             most = min(most, noised) if not settings["remask"] else most
             least = most if settings["threshold"] == 1 and not settings["remask"] else noised > 0
         per_step = 1 + (settings["guidance"] > 0)
-        assert least * per_step <= len(calls) <= most * per_step, settings
-        assert (len(states) - 1) * per_step == len(calls)
-        for tokens, certainty in states:
+        assert least * per_step <= len(calls) == (len(runs[0]) - 1) * per_step <= most * per_step, settings
+        for tokens, certainty in runs[0]:
             assert (tokens[known] == x[known]).all() and (certainty[known] == 1).all()
             assert tokens.shape == certainty.shape == (B, T) and 0 <= certainty.min() and certainty.max() <= 1
         assert 0 <= tokens.min() and tokens.max() < 11
-        torch.manual_seed(7)
-        *_, (again, _) = model.sample(x, known, steps, **settings)
-        assert torch.equal(again, tokens)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -400,31 +358,24 @@ def test_each_masked_step_reveals_what_the_grid_says(schedule):
             assert max(a - b for a, b in itertools.pairwise(left)) <= -(-30 // min(steps, 30)) + 1
 
 
-def test_threshold_reveals_at_once_what_is_certain():
-    model = build("masked", 3)
-    logits = torch.zeros(2, 6, 3)
-    logits[0, :4, 2] = 9
-    model.denoise = lambda xt, t, **_: logits
-    for order in "random", "confidence":
-        states = [(x == 3).sum(1).tolist()
-                  for x, _ in model.sample(*unknown(2, 6), 6, order=order, threshold=0.9)]
-        assert states[0] == [6, 6] and states[1][0] <= 2 and states[1][1] == 5 and states[-1] == [0, 0]
-    model.denoise = lambda xt, t, **_: 9 * F.one_hot(torch.zeros_like(xt), 3).float()
-    assert len(list(model.sample(*unknown(2, 6), 6, threshold=0.9))) == 2       # all certain: one call
-
-
-def test_orders_rank_by_their_measure():
+def test_what_is_certain_goes_first_and_above_the_threshold_at_once():
     p = torch.tensor([[0.5, 0.5, 0.0], [0.45, 0.05, 0.5], [0.4, 0.3, 0.3]])
     assert torch.equal(ORDERS["confidence"](p), p.amax(1))
     assert torch.allclose(ORDERS["margin"](p), torch.tensor([0.0, 0.05, 0.1]), atol=1e-6)
     assert ORDERS["entropy"](p).argmax() == 0 and ORDERS["entropy"](p).argmin() == 2
-    model = build("masked", 3)
-    logits = torch.zeros(1, 6, 3)
-    logits[0, 3, 2] = 9                     # position 3 alone is certain, and so it is revealed first
-    model.denoise = lambda xt, t, **_: logits
+    model, certain = build("masked", 3), torch.zeros(2, 6, dtype=torch.bool)
+    model.denoise = lambda xt, t, **_: 9 * F.one_hot(2 * certain, 3).float() * certain[..., None]
+    certain[0, 3] = True
     for order in "confidence", "margin", "entropy":
-        states = [x for x, _ in model.sample(*unknown(1, 6), 6, order=order)]
-        assert (states[1] != 3).nonzero().tolist() == [[0, 3]]
+        states = [x for x, _ in model.sample(*unknown(2, 6), 6, order=order)]
+        assert (states[1][0] != 3).nonzero().tolist() == [[3]]
+    certain[0, :4] = True
+    for order in "random", "confidence":
+        states = [(x == 3).sum(1).tolist()
+                  for x, _ in model.sample(*unknown(2, 6), 6, order=order, threshold=0.9)]
+        assert states[0] == [6, 6] and states[1][0] <= 2 and states[1][1] == 5 and states[-1] == [0, 0]
+    certain[:] = True
+    assert len(list(model.sample(*unknown(2, 6), 6, threshold=0.9))) == 2       # all certain: one call
 
 
 def test_draws_follow_the_probabilities_and_never_take_a_zero():
@@ -451,18 +402,10 @@ def test_truncation_keeps_the_likeliest():
     assert probabilities(logits, 1e-20, 0, 1.0)[0].tolist() == [1, 0, 0, 0]     # beyond float32
 
 
-def test_embed_survives_steps_closer_than_float32():
-    model = build("embed", 11)
-    x = torch.randint(11, (2, 32))
-    for noise, schedule in (1e-6, "linear"), (1e-4, "cosine"):
-        *_, (y, certainty) = model.sample(x, unknown(2, 32)[1], 64, noise=noise, schedule=schedule)
-        assert (y == x).float().mean() > 0.95 and certainty.isfinite().all()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # settings
 
-def test_settings_come_from_defaults_file_and_flags(tmp_path, capsys):
+def test_settings_come_from_defaults_file_and_flags_and_choices_are_the_codes(tmp_path, capsys):
     file = tmp_path / "c.py"
     file.write_text("learning_rate = 1  # an int is a float\nn_layer = 12 // 2\nseed = 3\n_hidden = 5\n")
     cfg = load(Config, [str(file), "--seed=9", "--eval_only", "--out_dir", "a b", "--compile=None"])
@@ -471,56 +414,39 @@ def test_settings_come_from_defaults_file_and_flags(tmp_path, capsys):
     assert load(Config, ["--eval_only", "False"]).eval_only is False
     assert load(SampleConfig, ["--text=12"]).text == "12"
     for cls in Config, SampleConfig:
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="0"):
             load(cls, ["--help"])
         text = capsys.readouterr().out
-        assert stop.value.code == 0 and all(f"--{name} " in text for name in vars(cls()))
+        assert all(f"--{name} " in text for name in vars(cls()))
     assert "where ckpt.pt" not in text and "0: always the" in text
-
-
-def test_choices_and_configs_are_those_of_the_code():
     for name, choices in ("process", PROCESSES), ("order", ORDERS), ("schedule", SCHEDULES):
         with pytest.raises(ValueError, match=f"must be one of {', '.join(choices)}$"):
             (Config if name == "process" else SampleConfig)(**{name: "no"})
     folder = os.path.join(HERE, "config")
-    loaded = {name: load(Config, [os.path.join(folder, name)]) for name in os.listdir(folder) if ".py" in name}
+    loaded = {name: load(Config, [f"{folder}/{name}"]) for name in os.listdir(folder) if ".py" in name}
     assert len(loaded) > 4 and loaded["shakespeare_cpu.py"] == Config()         # the default
 
 
-@pytest.mark.parametrize("cls, argv, words", [
-    (Config, ["--n_layr=3"], "--n_layr --help"),
-    (Config, ["--n_layer=many"], "n_layer 'many' whole number from 1"),
-    (Config, ["--n_layer=2.5"], "n_layer '2.5' whole"),
-    (Config, ["--n_layer=0"], "n_layer '0' from 1"),
-    (Config, ["--learning_rate=1e999"], "learning_rate '1e999' number from 0"),
-    (Config, ["--learning_rate=nan"], "learning_rate 'nan' number from 0"),
-    (Config, ["--compile=yes"], "compile 'yes' one of True, False, None"),
-    (Config, ["--n_layer"], "n_layer expected one argument"),
-    (Config, ["nowhere.py"], "nowhere.py can't be read"),
-    (Config, ["broken.py"], "broken.py can't be read SyntaxError"),
-    (Config, ["strange.py"], "--colour"),
-    (Config, ["--n_embd=100", "--n_head=3"], "n_embd 100 n_head 3 multiple of 6"),
-    (Config, ["--batch_size=7"], "batch_size 7 even pairs"),
-    (Config, ["--dropout=1.0"], "dropout '1.0'"),
-    (Config, ["--eval_iters=1"], "eval_iters '1' from 2"),
-    (Config, ["--max_iters=-1"], "max_iters '-1'"),
-    (Config, ["--process=msked"], "process 'msked' masked, embed"),
-    (Config, ["--dtype=float8"], "dtype 'float8' bfloat16"),
-    (SampleConfig, ["--eta=1.5"], "eta '1.5' from 0 to 1"),
-    (SampleConfig, ["--steps=0"], "steps '0' from 1"),
-    (SampleConfig, ["--length=-1"], "length '-1' from 0"),
-    (SampleConfig, ["--noise=0"], "noise '0'"),
-    (SampleConfig, ["--remask=1"], "remask '1'"),
-    (SampleConfig, ["--guidance=-1"], "guidance '-1' from 0"),
-    (SampleConfig, ["--top_p=0"], "top_p '0'"),
-    (SampleConfig, ["--order=best"], "order 'best' one of random, confidence"),
-])
-def test_a_wrong_setting_is_named_in_one_sentence(cls, argv, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag, words", [
+    ("--n_layr=3", "--n_layr --help"), ("--n_layer", "n_layer expected one argument"),
+    ("--n_layer=many", "n_layer 'many' whole number from 1"), ("--n_layer=2.5", "n_layer '2.5' whole"),
+    ("--n_layer=0", "n_layer '0' from 1"), ("--learning_rate=nan", "learning_rate 'nan' number from 0"),
+    ("--learning_rate=1e999", "'1e999' number from 0"), ("--compile=yes", "compile 'yes' one of True, False"),
+    ("nowhere.py", "nowhere.py can't be read"), ("broken.py", "broken.py can't be read SyntaxError"),
+    ("strange.py", "--colour"), ("--n_embd=100", "n_embd 100 n_head 3 multiple of 6"),
+    ("--batch_size=7", "batch_size 7 even pairs"), ("--dropout=1.0", "dropout '1.0'"),
+    ("--eval_iters=1", "eval_iters '1' from 2"), ("--max_iters=-1", "max_iters '-1'"),
+    ("--process=msked", "process 'msked' masked, embed"), ("--dtype=float8", "dtype 'float8' bfloat16"),
+    ("--eta=1.5", "eta '1.5' from 0 to 1"), ("--steps=0", "steps '0' from 1"), ("--length=-1", "length '-1'"),
+    ("--noise=0", "noise '0'"), ("--remask=1", "remask '1'"), ("--guidance=-1", "guidance '-1' from 0"),
+    ("--top_p=0", "top_p '0'"), ("--order=best", "order 'best' one of random, confidence")])
+def test_a_wrong_setting_is_named_in_one_sentence(flag, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("n_layer = = 3")
     (tmp_path / "strange.py").write_text("colour = 3")
+    of_sampling = vars(SampleConfig()).keys() - vars(Config()).keys()
     with pytest.raises(SystemExit) as stop:
-        load(cls, argv)
+        load(SampleConfig if flag[2:].split("=")[0] in of_sampling else Config, [flag])
     assert all(word in stop.value.code for word in words.split()) and "\n" not in stop.value.code
 
 
@@ -548,6 +474,26 @@ def refused(name, *argv):
     return stop.value.code
 
 
+def python(*argv):
+    """Runs a program in a process of its own; it has ended."""
+    return subprocess.run([sys.executable, *argv], env=os.environ | {"PYTHONPATH": HERE}, capture_output=True,
+                          text=True, check=False)
+
+
+def put(files):
+    """Writes files, {path: bytes or text}, and the folders they are in."""
+    for path, content in files.items():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
+
+
+def everything(folder):
+    """{path: bytes} of all that is in a folder."""
+    paths = [path for path in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(path)]
+    return {path: open(path, "rb").read() for path in paths}
+
+
 SMALL = [f"--{k}={v}" for k, v in TINY.items()] + ["--dataset=text", "--eval_iters=2", "--eval_interval=4",
                                                    "--max_iters=8", "--warmup_iters=2"]
 
@@ -557,7 +503,8 @@ def text_dir(tmp_path_factory):
     """A folder with data/text, from the text inside Python, and out/, a masked model after 8 steps."""
     path = tmp_path_factory.mktemp("run")
     os.chdir(path)
-    script("prepare_shakespeare.py", "--offline", "--dataset", "text")
+    put({"topics.txt": "\n\n".join(topics[name] for name in sorted(topics))})
+    script("prepare_shakespeare.py", "--input", "topics.txt", "--dataset", "text")
     script("train.py", *SMALL)
     return path
 
@@ -571,29 +518,15 @@ def here(text_dir):
 # ------------------------------------------------------------------------------------------------------------
 # preparation: any text to characters, many documents to byte pairs
 
-def put(files):
-    """Writes files, {path: bytes}, and the folders they are in."""
-    for path, content in files.items():
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "wb") as f:
-            f.write(content)
-
-
-def everything():
-    """{path: bytes} of all that is in data/."""
-    paths = [path for path in glob.glob("data/**", recursive=True) if os.path.isfile(path)]
-    return {path: open(path, "rb").read() for path in paths}
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in, with data/ of every kind; one of them is being prepared."""
     monkeypatch.chdir(tmp_path)
-    put({"abc.txt": b"some text to learn", "data/file": b"", "data/busy/x": b"", "empty.txt": b"",
-         "data/gpt2/train.bin": b"", "data/gpt2/val.bin": b"",
+    put({"abc.txt": "some text to learn", "data/file": "", "data/busy/x": "", "empty.txt": "",
+         "data/gpt2/train.bin": b"\0\0", "data/gpt2/val.bin": b"\0\0",
          "data/gpt2/meta.json": json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "source": "s",
-                                            "train_tokens": 0, "val_tokens": 0}).encode(),
-         "data/dl/progress.json": b'{"tokenizer": "gpt2"}'})
+                                            "train_tokens": 1, "val_tokens": 1}),
+         "data/dl/progress.json": '{"tokenizer": "gpt2"}', "data/torn/progress.json": '{"tokenizer": "gp'})
     script("prepare_shakespeare.py", "--input", "abc.txt", "--dataset", "abc")
     lock = os.open("data/busy", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -609,10 +542,12 @@ TEXT = "Grüße, 世界!\r\n" * 50
     ("t.GZ", gzip.compress(TEXT.encode()), [], 540), ("t.xz", lzma.compress(TEXT.encode()), [], 540),
     ("t.txt", TEXT.encode(), ["--val", "val.txt"], 600), ("t.txt", TEXT.encode(), ["--like", "wide"], 540)])
 def test_characters_are_written_as_they_are(folder, monkeypatch, name, content, argv, cut):
-    put({name: content, "val.txt": "\ufeff世ü".encode(), "wide.txt": f"{TEXT}xyz".encode()})
+    put({name: content, "val.txt": "\ufeff世ü", "wide.txt": f"{TEXT}xyz"})
     script("prepare_shakespeare.py", "--input", "wide.txt", "--dataset", "wide")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))    # a poor terminal
     script("prepare_shakespeare.py", "--input", name, "--dataset", "mine", *argv)
+    sys.stdout.flush()
+    assert f"characters of {name}".encode() in sys.stdout.buffer.getvalue()
     meta = json.loads((folder / "data/mine/meta.json").read_text())
     train, val = (np.fromfile(f"data/mine/{split}.bin", np.uint16).tolist() for split in ("train", "val"))
     assert Tokenizer(meta).decode(train) == TEXT[:cut]
@@ -624,37 +559,16 @@ def test_characters_are_written_as_they_are(folder, monkeypatch, name, content, 
 
 def test_tiny_shakespeare_or_the_text_inside_python(folder, monkeypatch, capsys):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: io.BytesIO(b"<html>not found</html>"))
-    with pytest.raises(SystemExit, match="sha256"):
-        script("prepare_shakespeare.py")
-    assert not os.path.exists("data/shakespeare")
+    assert "sha256" in refused("prepare_shakespeare.py") and not os.path.exists("data/shakespeare")
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: os.listdir("no network"))
     script("prepare_shakespeare.py")
-    assert "can't be downloaded (" in capsys.readouterr().out
-    assert "Python" in json.loads((folder / "data/shakespeare/meta.json").read_text())["source"]
-
-
-@pytest.mark.parametrize("content, argv, words", [
-    (b"", [], "0 characters"), (b"\xff\xfe\x00", [], "can't be read as UTF-8"), (b"a" * 12, [], "1 distinct"),
-    ("".join(map(chr, range(0x10000, 0x20020))).encode(), [], "65,568 distinct"),
-    (b"some text", ["--input", "none.txt"], "none.txt can't be read"),
-    (b"not packed", ["--input", "t.xz"], "t.xz can't be read"),
-    (b"a longer text", ["--val", "empty.txt"], "0 to val"), (b"some text", ["--like", "gpt2"], "gpt2 lacks"),
-    (b"some text \xc3\xa9\xc3\xa9", ["--like", "abc"], "abc lacks .*'é' 2 times"),
-    (b"some text to learn", ["--dataset", "gpt2"], "is of gpt2 tokens"),
-    (b"some text to learn", ["--dataset", "dl"], "is of gpt2 tokens"),
-    (b"some text to learn", ["--dataset", "busy"], "by another process"),
-    (b"some text to learn", ["--dataset", "file"], "can't be written")])
-def test_bad_text_is_refused_and_nothing_written(folder, content, argv, words):
-    put({"t.txt": content, "t.xz": content})
-    before = everything()
-    with pytest.raises(SystemExit, match=words):
-        script("prepare_shakespeare.py", "--input", "t.txt", "--dataset", "new", *argv)
-    assert everything() == before
+    assert re.search(r"can't be downloaded \((.|\n)*of the Python reference", capsys.readouterr().out)
 
 
 DOCUMENTS = [re.sub("\n\n\n+", "\n\n", topics[name][:1500]).strip() for name in sorted(topics)[:40]] + [
     "ω<|endoftext|>ω"]
-PLAIN = "\n<|endoftext|> \r\n".join(DOCUMENTS).encode()
+BREAK = "\n<|endoftext|> \r\n"
+PLAIN = BREAK.join(DOCUMENTS).encode()
 LINES = ("\ufeff" + "\n\n".join(json.dumps({"text": text, "id": 1}) for text in DOCUMENTS)).encode()
 
 
@@ -669,21 +583,27 @@ def tar(mode, files):
     return content.getvalue()
 
 
+ARCHIVE = tar("w", {f"openwebtext/{i}_data.xz": tar("w:xz", {                   # like one of OpenWebText's
+    f"{j}.txt": text.replace("\n\n", "\n\n\n\n").encode() for j, text in enumerate(DOCUMENTS[i::5])})
+    for i in range(5)})
+SECOND = ARCHIVE.index(b"openwebtext/1_data.xz")
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    try:
+        return Tokenizer({"vocab_size": 50257})
+    except SystemExit:
+        pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
+
+
 @pytest.fixture
-def owt(folder, monkeypatch):
-    """prepare_openwebtext, a third for validation, journal after each file; docs.tar, like OpenWebText's."""
-    if not (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")):
-        try:
-            Tokenizer({"vocab_size": 50257})
-        except SystemExit:
-            pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
+def owt(folder, gpt2, monkeypatch):
+    """prepare_openwebtext, a third for validation and its journal kept after each file; docs.tar."""
     import prepare_openwebtext as module
     monkeypatch.setattr(module, "prepare", functools.partial(module.prepare, val_share=0.3))
     monkeypatch.setattr(module, "KEEP_SECONDS", 0)
-    put({"docs.tar": tar("w", {
-        f"openwebtext/{i}_data.xz": tar("w:xz", {f"{j}.txt": text.replace("\n\n", "\n\n\n\n").encode()
-                                                 for j, text in enumerate(DOCUMENTS[i::5])})
-        for i in range(5)})})
+    put({"docs.tar": ARCHIVE})
     return module
 
 
@@ -704,12 +624,13 @@ def bins(dataset):
 
 @pytest.mark.parametrize("name, content", [
     ("a.txt", PLAIN), ("b.TXT.XZ", lzma.compress(PLAIN)), ("c.txt.gz", gzip.compress(PLAIN)),
-    ("d.jsonl", LINES), ("e.ndjson.gz", gzip.compress(LINES)), ("f.json.gz", gzip.compress(LINES)), ("docs.tar", None),
-    ("g.tgz", tar("w:gz", {f"{i}.txt": text.encode() for i, text in enumerate(DOCUMENTS)}
-                  | {"._0.txt": b"\xff"})),
-    ("h.tar.xz", tar("w:xz", {"x/README": b"\xff", "x/some.jsonl": LINES}))])
+    ("d.jsonl", LINES), ("e.ndjson.gz", gzip.compress(LINES)), ("f.json.gz", gzip.compress(LINES)),
+    ("docs.tar", ARCHIVE), ("h.tar.xz", tar("w:xz", {"x/README": b"\xff", "x/some.jsonl": LINES})),
+    ("g.tgz", tar("w:gz", {f"{i}.txt": x.encode() for i, x in enumerate(DOCUMENTS)} | {"._0.txt": b"\xff"})),
+    ("i.tar", tar("w", {"a.txt.gz": gzip.compress(BREAK.join(DOCUMENTS[:20]).encode()),
+                        "b.txt.xz": lzma.compress(BREAK.join(DOCUMENTS[20:]).encode())}))])
 def test_documents_of_every_kind_become_the_same_tokens(owt, name, content):
-    put({name: content} if content else {})
+    put({name: content})
     owt.prepare("x", [name])
     found = bins("x")
     assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS) and len(found["val"]) > 3
@@ -719,33 +640,42 @@ def test_documents_of_every_kind_become_the_same_tokens(owt, name, content):
 
 
 def test_folders_are_read_once_without_what_is_held_out(owt, monkeypatch, capsys):
-    put({"in/a.TXT": b"first", "in/deep/b.jsonl": b'{"content": "second"}', "in/LICENSE": b"",
-         "in/._c.txt": b"\xff", "in/d.parquet": b"", "in/e.Parquet": b"", "held.txt": b"held out", "else/f.txt": b"third"})
-    os.symlink("../else", "in/linked")
-    os.symlink("../nowhere.txt", "in/dead.txt")
-    os.symlink("..", "in/deep/loop")
-    os.symlink("../held.txt", "in/held.txt")
+    put({"in/a.TXT": "first", "in/deep/b.jsonl": '{"content": "second"}', "in/LICENSE": "",
+         "in/._c.txt": b"\xff", "in/d.parquet": "", "in/e.Parquet": "", "held.txt": "held out",
+         "else/f.txt": "third"})
+    for name, target in ("linked", "../else"), ("no.txt", "no"), ("deep/up", ".."), ("h.txt", "../held.txt"):
+        os.symlink(target, f"in/{name}")
     owt.prepare("x", ["in", "in/a.TXT", "in"], ["held.txt"], field="content")
     assert bins("x") == {"train": ["first", "second", "third"], "val": ["held out"]}
-    assert re.search("LEFT OUT.* 2 of .parquet, 1 of no ending", capsys.readouterr().out)
+    assert re.search("LEFT OUT.* 1 of no ending, 2 of .parquet", capsys.readouterr().out)
     monkeypatch.setattr(owt, "LONGEST", 30)             # a document larger than memory comes in pieces
-    put({"long.txt": b"\n<|endoftext|>\n".join([b"0123456789 123456789\n" * 9, b"end"])})
-    owt.prepare("x", ["long.txt"], val_share=0)         # and the last one is for validation, if none is
-    assert ("".join(bins("x")["train"]).count("89"), bins("x")["val"]) == (18, ["end"])
-    assert max(map(len, bins("x")["train"])) < 70
+    put({"long.txt": "\n<|endoftext|>\n".join(["0123456789 123456789\n" * 9, "0123456789" * 20, "end"])})
+    owt.prepare("x", ["long.txt"], val_share=0)         # and the last is for validation, if none is
+    found = bins("x")
+    assert found["val"] == ["end"] and max(map(len, found["train"])) < 70
+    assert re.sub(r"\s", "", "".join(found["train"])) == "0123456789123456789" * 9 + "0123456789" * 20
 
 
 def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch):
-    put({f"in/{i:02}.txt": text.encode() for i, text in enumerate(DOCUMENTS)})
+    put({f"in/{i:02}.txt": text for i, text in enumerate(DOCUMENTS)})
+    with monkeypatch.context() as patch:                    # the journal: every two seconds, of constant size
+        replace_file, sizes = owt.replace_file, []
+        patch.setattr(owt, "KEEP_SECONDS", 2)
+        patch.setattr(owt, "replace_file", lambda *a: replace_file(*a) or sizes.append(len(a[1])))
+        owt.prepare("whole", ["docs.tar", "in"])
+        assert len(sizes) < 10 and max(sizes) < 1000
+    owt.prepare("cut", ["in"])                              # an older data set of that name goes
+    code = ("import os, resource, prepare_openwebtext as p\n"
+            "p.KEEP_SECONDS, fsync, calls = 0, os.fsync, []\n%s\n"
+            "p.prepare('cut', ['docs.tar', 'in'], val_share=.3)")
+    kill = "os.fsync = lambda file: os._exit(9) if len(calls) == 33 else calls.append(fsync(file))"
+    assert python("-c", code % kill).returncode == 9
+    assert sorted(os.listdir("data/cut")) == ["progress.json", "train.bin", "val.bin"]
+    full = python("-c", code % "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert re.search("error: data/cut can't be finished now .* File too large.: once it can, ", full.stderr)
     replace = os.replace
-    owt.prepare("whole", ["in", "docs.tar"], val_share=0)
-    owt.prepare("cut", ["docs.tar"])                        # an older data set stays until there is a new one
-    code = ("import os, prepare_openwebtext as p\np.KEEP_SECONDS, fsync, calls = 0, os.fsync, []\n"
-            "os.fsync = lambda file: os._exit(9) if len(calls) == 33 else calls.append(fsync(file))\n"
-            "p.prepare('cut', ['in', 'docs.tar'], val_share=0)")
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": HERE}, check=False)
-    assert killed.returncode == 9 and os.path.exists("data/cut/progress.json")
-    for stop in 1, 2, 9, "train.bin", "val.bin", "meta.json", None:     # at this call, or of this file
+    for stop in 1, 2, 5, "meta.json", None:                 # at this call, or of this file
         calls = itertools.count(1)
 
         def stopping(source, target, stop=stop, calls=calls):
@@ -755,8 +685,8 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch):
 
         monkeypatch.setattr(os, "replace", stopping)
         with pytest.raises(SystemExit, match="interrupted") if stop else contextlib.nullcontext():
-            owt.prepare("cut", ["in", "docs.tar"], val_share=0)
-        assert os.path.exists("data/cut/meta.json") == (not isinstance(stop, str))
+            owt.prepare("cut", ["docs.tar", "in"])
+        assert os.path.exists("data/cut/meta.json") == (not stop)
     assert bins("cut") == bins("whole")
 
 
@@ -765,14 +695,12 @@ def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            with open("docs.tar", "rb") as f:
-                content = f.read()
             at = int(self.headers["Range"][6:-1])
             requests.append((self.path, at))
             self.send_response(206 if self.path < "/21" else 404)
-            self.send_header("Content-Length", str(len(content) - at))
+            self.send_header("Content-Length", str(len(ARCHIVE) - at))
             self.end_headers()
-            self.wfile.write(content[at:at + 9000])         # and no more: the connection ends early
+            self.wfile.write(ARCHIVE[at:at + 9000])         # and no more: the connection ends early
 
         def log_message(self, *_):
             pass
@@ -788,109 +716,80 @@ def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
         with pytest.raises(SystemExit, match="can't be read .download failed: HTTP Error 404"):
             owt.prepare("z")
         server.shutdown()
-    owt.prepare("x", ["docs.tar"])
-    assert bins("y") == {split: texts * 21 for split, texts in bins("x").items()}
+    paths = [f"{i:02}.tar" for i in range(21)]
+    put(dict.fromkeys(paths, ARCHIVE))
+    owt.prepare("x", paths)
+    assert bins("y") == bins("x")
 
 
-def damaged(kind):
-    """docs.tar, damaged in one way."""
-    with open("docs.tar", "rb") as f:
-        archive = f.read()
-    second = archive.index(b"openwebtext/1_data.xz")
-    return {"boundary": archive[:second], "header": archive[:second + 100], "middle": archive[:second + 1000],
-            "block": archive[:second] + b"x" * 512 + archive[second + 512:],
-            "inner": archive.replace(b"\xfd7zXZ", b"\xfd7zXY")}[kind]
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("boundary.tar", None, "cut short"), ("header.tar", None, "cut short"),
-    ("middle.tar", None, "unexpected end"), ("block.tar", None, "cut short or damaged"), ("inner.tar", None, "can't be read"),
-    ("cut.txt.xz", lzma.compress(PLAIN)[:-20], "can't be read"), ("not.jsonl.gz", PLAIN, "can't be read"),
-    ("latin.txt", b"caf\xe9", "can't decode byte"),
-    ("number.jsonl", b'{"text": 7}\n', "line 1: not a JSON object"),
-    ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', "bad.jsonl, line 2: not a JSON object")])
-def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(owt, monkeypatch, name, content, words):
+@pytest.mark.parametrize("name, content, mended, words", [
+    ("boundary.tar", ARCHIVE[:SECOND], ARCHIVE, "cut short"),
+    ("header.tar", ARCHIVE[:SECOND + 100], ARCHIVE, "cut short"),
+    ("middle.tar", ARCHIVE[:SECOND + 1000], ARCHIVE, "unexpected end"),
+    ("block.tar", ARCHIVE[:SECOND] + b"x" * 512 + ARCHIVE[SECOND + 512:], ARCHIVE, "cut short or damaged"),
+    ("inner.tar", ARCHIVE.replace(b"\xfd7zXZ", b"\xfd7zXY"), ARCHIVE, "can't be read"),
+    ("latin.txt", b"caf\xe9", PLAIN, "can't decode byte"),
+    ("cut.txt.xz", lzma.compress(PLAIN)[:-20], lzma.compress(PLAIN), "can't be read"),
+    ("not.jsonl.gz", PLAIN, gzip.compress(LINES), "can't be read"),
+    ("number.jsonl", b'{"text": 7}\n', LINES, "line 1: not a JSON object"),
+    ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', LINES, "bad.jsonl, line 2: not a JSON object")])
+def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(
+        owt, name, content, mended, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare_openwebtext.py", "--input", "a b"])
-    put({"0.txt": b"first", "1.txt": PLAIN, name: content or damaged(name[:-4]), "z.txt": b"last"})
     paths = ["0.txt", "1.txt", name, "z.txt"]
+    put({"0.txt": "first", "1.txt": PLAIN, name: content, "z.txt": "last"})
     with pytest.raises(SystemExit, match=words):
         owt.prepare("x", paths)
     with open("data/x/progress.json") as f:
         journal = json.load(f)
     assert journal["command"] == "python prepare_openwebtext.py --input 'a b'" and journal["read"] < 3
     assert not os.path.exists("data/x/meta.json")
-    shutil.copy("docs.tar", name) if content is None else put(
-        {name: {"xz": lzma.compress, "gz": gzip.compress}.get(name[-2:], bytes)(LINES if "json" in name else PLAIN)})
     if journal["read"]:                                     # what is done must be as it was
-        for paths_, settings in ([*paths[1:]], {}), (paths, {"field": "txt"}), (paths, {"val_share": 0.1}):
+        for others, settings in (paths[1:], {}), (paths, {"field": "txt"}), (paths, {"val_share": 0.1}):
             with pytest.raises(SystemExit, match="isn't as it was"):
-                owt.prepare("x", paths_, **settings)
-    put({"z.txt": b"another last"})
+                owt.prepare("x", others, **settings)
+    put({name: mended, "z.txt": "another last"})
     owt.prepare("x", paths)
     owt.prepare("y", paths)
     assert bins("x") == bins("y") and "another last" in [*bins("x")["train"], *bins("x")["val"]]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["some.doc"], "some.doc is neither a file"), (["void"], "void is neither"), (["nowhere.txt"], "neither"),
-    (["empty.txt"], "no text for train.bin"), (["abc.txt"], "no text for val.bin"),
-    (["two.txt", "--val", "empty.txt"], "no text for val.bin"), (["two.txt", "--val", "two.txt"], "for train.bin"),
-    (["two.txt", "--dataset", "abc"], "is of chars tokens"),
-    (["two.txt", "--dataset", "busy"], "by another process"),
-    (["two.txt", "--dataset", "file"], "can't be written")])
-def test_what_was_there_before_is_not_touched(owt, argv, words):
-    put({"some.doc": b"", "void/x.doc": b"", "two.txt": b"some\n<|endoftext|>\ntexts"})
-    script("prepare_openwebtext.py", "--input", "two.txt", "--dataset", "x")
-    assert bins("x") == {"train": ["some"], "val": ["texts"]}
-    before = everything()
-    with pytest.raises(SystemExit, match=words):
-        script("prepare_openwebtext.py", "--dataset", "x", "--input", *argv)
-    assert everything() == before
-
-
-def test_a_full_disk_is_one_sentence_and_can_be_taken_up(owt):
-    code = ("import resource, prepare_openwebtext as p; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-            "p.prepare('x', ['docs.tar'], val_share=0.3)")
-    full = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": HERE},
-                          capture_output=True, text=True, check=False)
-    assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert "data/x can't be written (File too large): make room" in full.stderr
-    assert not os.path.exists("data/x/train.bin")
-    owt.prepare("x", ["docs.tar"])
-    owt.prepare("y", ["docs.tar"])
-    assert bins("x") == bins("y")
-
-
-def test_many_small_files_do_not_wait_for_the_journal(owt, monkeypatch):
-    put({f"in/{i}.txt": b"a text" for i in range(300)})
-    replace, sizes = owt.replace_file, []
-    monkeypatch.setattr(owt, "KEEP_SECONDS", 2)
-    monkeypatch.setattr(owt, "replace_file", lambda *a: replace(*a) or sizes.append(len(a[1])))
-    owt.prepare("x", ["in"])
-    assert len(sizes) < 10 and max(sizes) < 1000            # nor does it grow with the number of files
+@pytest.mark.parametrize("name, argv, words", [
+    ("shakespeare", ["empty.txt"], "0 characters"), ("shakespeare", ["bytes.txt"], "can't be read as UTF-8"),
+    ("shakespeare", ["a.txt"], "1 distinct"), ("shakespeare", ["rich.txt"], "65,568 distinct"),
+    ("shakespeare", ["none.txt"], "none.txt can't be read"), ("shakespeare", ["t.xz"], "t.xz can't be read"),
+    ("shakespeare", ["two.txt", "--val", "empty.txt"], "0 to val"),
+    ("shakespeare", ["two.txt", "--like", "gpt2"], "gpt2 lacks"),
+    ("shakespeare", ["wide.txt", "--like", "abc"], "abc lacks .*'é' 2 times"),
+    ("shakespeare", ["two.txt", "--dataset", "gpt2"], "is of gpt2 tokens"),
+    ("shakespeare", ["two.txt", "--dataset", "dl"], "is of gpt2 tokens"),
+    ("shakespeare", ["two.txt", "--dataset", "busy"], "another process"),
+    ("shakespeare", ["two.txt", "--dataset", "file"], "data/file can't be finished .* File exists"),
+    ("openwebtext", ["some.doc"], "some.doc is neither a file"), ("openwebtext", ["void"], "void is neither"),
+    ("openwebtext", ["none.txt"], "neither"), ("openwebtext", ["two.txt", "--dataset", "abc"], "is of chars"),
+    ("openwebtext", ["two.txt", "--dataset", "torn"], "torn.* is damaged"),
+    ("openwebtext", ["two.txt", "--dataset", "busy"], "another process"),
+    ("openwebtext", ["two.txt", "--dataset", "file"], "File exists"),
+    ("openwebtext", ["empty.txt"], "text for one of"), ("openwebtext", ["abc.txt"], "text for one of"),
+    ("openwebtext", ["two.txt", "--val", "empty.txt"], "one of train.bin and val.bin alone"),
+    ("openwebtext", ["two.txt", "--val", "two.txt"], "one of train.bin and val.bin alone")])
+def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, name, argv, words):
+    put({"some.doc": "", "void/x.doc": "", "two.txt": "texts\n<|endoftext|>\nsome",
+         "bytes.txt": b"\xff\xfe\0", "a.txt": "a" * 12, "t.xz": "not packed", "wide.txt": "some text éé",
+         "rich.txt": "".join(map(chr, range(0x10000, 0x20020)))})
+    before = everything("data")
+    assert re.search(words, refused(f"prepare_{name}.py", "--dataset", "new", "--input", *argv))
+    shutil.rmtree("data/new", ignore_errors=True)
+    assert everything("data") == before
 
 
 # ------------------------------------------------------------------------------------------------------------
 # train.py
 
-def test_crops_and_times_of_a_step_are_drawn_apart_and_cover_the_split(here):
-    batch = script("train.py", *SMALL, "--max_iters=1", "--out_dir=apart")["batch"]
-    starts, offsets = [], []
-    for step in range(200):
-        starts.append(np.random.default_rng((0, 1, step, 0)).integers(0, 10 ** 6, 8))
-        offsets.append(times(np.random.default_rng((1, 1, step)), 1, 8)[0, :1].numpy() % 0.25)
-    together = np.corrcoef(np.concatenate([np.array(starts), np.array(offsets)], 1).T)[-1, :-1]
-    assert abs(together).max() < 0.3
-    assert not torch.equal(batch("train", 1, 0, 0), batch("train", 1, 0, 1))
-    assert torch.equal(batch("train", 1, 0, 1), batch("train", 1, 0, 1))
-    x = crops(np.arange(40, dtype=np.uint16), np.random.default_rng(0), 500, 8)
-    assert x.dtype == torch.int64 and x.min() == 0 and x.max() == 39 and (x.diff() == 1).all()
-
-
 def test_training_prints_and_logs_what_it_promises_and_a_model_its_bound(here, capsys):
     script("train.py", *SMALL, "--out_dir=printed", "--seed=2")
     out = capsys.readouterr().out
-    assert "source: the Python reference" in out and "float32" in out and "parameters" in out
+    assert "source: topics.txt" in out and "float32" in out and "parameters" in out
     found = re.findall(r"^step (\d+): val nelbo (\d\.\d{4}) ± (\d\.\d{4}) nats/token, \d\.\d+ bits/char",
                        out, re.MULTILINE)
     assert [step for step, _, _ in found] == ["4", "8"]
@@ -900,28 +799,28 @@ def test_training_prints_and_logs_what_it_promises_and_a_model_its_bound(here, c
     assert rows[0][:3] == ["step", "train_loss", "val_nelbo"] and [row[0] for row in rows[1:]] == ["4", "8"]
     assert rows[1][2] == found[0][1]
     # a model knows its own settings and data: the same crops and noise again; what differs is said
-    best = min(found, key=lambda row: float(row[1]))
-    before = os.listdir()
+    best, before = min(found, key=lambda row: float(row[1])), os.listdir()
     ran = script("train.py", "--init_from=printed/model.pt", "--eval_only=True", "--device=cpu")
     out = capsys.readouterr().out
-    assert f"step {best[0]}: val nelbo {best[1]}" in out and "checkpoints" not in out and before == os.listdir()
+    assert f"step {best[0]}: val nelbo {best[1]}" in out and "checkpoints" not in out
+    assert os.listdir() == before
     assert not any(p.requires_grad for p in ran["ema"].parameters())
     script("train.py", "--init_from=printed/model.pt", "--eval_only=True", "--block_size=16")
     assert "but block_size 16 (was 32)" in capsys.readouterr().out
 
 
-def in_step(number, action, monkeypatch):
-    """Calls action() in that optimizer step of the run to come; returns a list with an entry for each step."""
-    steps, update = [], optim.update
+def signal_in(call, number, patch, owner, name):
+    """Sends this process a signal in that call of owner.name; returns a list with an entry for each call."""
+    calls, function = [], getattr(owner, name)
 
     def counted(*args):
-        steps.append(1)
-        if len(steps) == number:
-            action()
-        update(*args)
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*args)
 
-    monkeypatch.setattr(optim, "update", counted)
-    return steps
+    patch.setattr(owner, name, counted)
+    return calls
 
 
 @pytest.mark.parametrize("process, number", [("masked", signal.SIGTERM), ("embed", signal.SIGHUP)])
@@ -930,8 +829,8 @@ def test_stop_and_resume_is_bit_identical(here, process, number, capfd, monkeypa
              "--learning_rate=0.02"]
     folders = [f"{process}-whole", f"{process}-parts"]
     script("train.py", *flags, f"--out_dir={folders[0]}")
-    with monkeypatch.context() as patch:                    # a signal in step 5: it is finished and saved
-        steps = in_step(5, lambda: os.kill(os.getpid(), number), patch)
+    with monkeypatch.context() as patch:                    # in step 5, which is finished and saved
+        steps = signal_in(5, number, patch, optim, "update")
         script("train.py", *flags, f"--out_dir={folders[1]}")
     out, err = capfd.readouterr()
     assert len(steps) == 5 and "stopped at step 5" in out and err.count("stopping after this step") == 1
@@ -950,30 +849,16 @@ def test_stop_and_resume_is_bit_identical(here, process, number, capfd, monkeypa
 
 
 def test_a_signal_ends_a_long_step_or_evaluation_which_is_done_again(here, monkeypatch, capsys):
-    flags = [*SMALL, "--out_dir=long", "--max_iters=2", "--eval_interval=2"]
-    calls, forward = [], PROCESSES["masked"].forward
-
-    def stop_in_second(self, x0, t):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(self, x0, t)
-
     with monkeypatch.context() as patch:                    # in the second micro-batch of the second step
-        patch.setattr(PROCESSES["masked"], "forward", stop_in_second)
-        script("train.py", *flags, "--gradient_accumulation_steps=3")
+        calls = signal_in(5, signal.SIGINT, patch, PROCESSES["masked"], "forward")
+        script("train.py", *SMALL, "--out_dir=long", "--max_iters=2", "--eval_interval=2",
+               "--gradient_accumulation_steps=3")
     assert len(calls) == 5 and load_checkpoint("long/ckpt.pt")["step"] == 1
-    nelbo, evaluated = PROCESSES["masked"].nelbo, []
-
-    def stop_in_first(self, x0, t):
-        evaluated.append(os.kill(os.getpid(), signal.SIGINT))
-        return nelbo(self, x0, t)
-
     with monkeypatch.context() as patch:                    # in the first batch of the evaluation
-        patch.setattr(PROCESSES["masked"], "nelbo", stop_in_first)
+        calls = signal_in(1, signal.SIGINT, patch, PROCESSES["masked"], "nelbo")
         script("train.py", "--init_from=resume", "--out_dir=long")
     ckpt = load_checkpoint("long/ckpt.pt")
-    assert len(evaluated) == 1 and ckpt["step"] == 2 and "nelbo" not in ckpt
+    assert len(calls) == 1 and ckpt["step"] == 2 and "nelbo" not in ckpt
     script("sample.py", "--out_dir=long", "--num_samples=1")        # though nothing was measured
     assert "step 1, bound not measured" in capsys.readouterr().err
     script("train.py", "--init_from=resume", "--out_dir=long")      # no step is left, but the evaluation
@@ -983,14 +868,13 @@ def test_a_signal_ends_a_long_step_or_evaluation_which_is_done_again(here, monke
 def test_a_new_run_never_starts_in_the_folder_of_another(here):
     shutil.copytree("out", "owned", dirs_exist_ok=True)
     os.symlink("owned/model.pt", "link.pt")
-    before = {name: (here / "owned" / name).read_bytes() for name in os.listdir("owned")}
+    before = everything("owned")
     for flags in [], ["--process=embed"], ["--init_from=owned/ckpt.pt"], ["--init_from=link.pt"]:
         words = refused("train.py", *SMALL, "--out_dir=owned", *flags)
         assert all(word in words for word in ("step 8", "--init_from=resume", "--out_dir", "delete owned"))
+    assert before == everything("owned")
     os.remove("owned/ckpt.pt")
     assert "step" in refused("train.py", *SMALL, "--out_dir=owned")
-    del before["ckpt.pt"]
-    assert before == {name: (here / "owned" / name).read_bytes() for name in os.listdir("owned")}
 
 
 def test_a_best_bound_counts_only_on_the_batches_it_was_measured_on(here, capsys):
@@ -1015,62 +899,43 @@ def torchrun(n, *flags, node=0, nodes=1):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(*runs):
-    for run in runs:
-        _, err = run.communicate(timeout=300)
-        assert run.returncode == 0, err[-2000:]
-
-
-def differ(a, b):
-    """The greatest difference of two checkpoints' weights."""
-    a, b = load_checkpoint(f"{a}/ckpt.pt"), load_checkpoint(f"{b}/ckpt.pt")
-    assert a["step"] == b["step"]
-    return max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"])
-
-
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_run_does_not_depend_on_the_number_of_processes(here, process):
     flags = [*SMALL, f"--process={process}", "--gradient_accumulation_steps=12", "--batch_size=4",
-             "--eval_iters=4", "--dropout=0.1", "--warmup_iters=50"]
-    one, three, nodes, down = (f"{process}-{name}" for name in ("one", "three", "nodes", "down"))
+             "--eval_iters=4", "--dropout=0.1", "--warmup_iters=50"]        # of 4 and 8 steps the same ones
+    one, many, nodes = (f"{process}-{name}" for name in ("one", "many", "nodes"))
     script("train.py", *flags, f"--out_dir={one}")
-    finish(torchrun(3, *flags, f"--out_dir={three}"))
-    finish(*(torchrun(2, *flags, f"--out_dir={nodes}", node=node, nodes=2) for node in (0, 1)))
-    # a checkpoint of 2 processes resumes on 1; warm-up alone decides these steps
-    finish(torchrun(2, *flags, f"--out_dir={down}", "--max_iters=4"))
-    script("train.py", f"--out_dir={down}", "--init_from=resume", "--max_iters=8")
-    for name in three, nodes, down:
-        assert differ(one, name) < 1e-5, name
-        best = [load_checkpoint(f"{folder}/ckpt.pt")["best"] for folder in (one, name)]
-        assert abs(best[0] - best[1]) < 1e-4
+    runs = [torchrun({"masked": 3, "embed": 2}[process], *flags, f"--out_dir={many}")]
+    if process == "masked":                                 # two nodes for 4 steps, one process for the rest
+        runs[0].wait()
+        runs += [torchrun(1, *flags, "--max_iters=4", f"--out_dir={nodes}", node=i, nodes=2) for i in (0, 1)]
+    for run in runs:
+        _, err = run.communicate(timeout=300)
+        assert run.returncode == 0, err[-2000:]
+    if process == "masked":
+        script("train.py", f"--out_dir={nodes}", "--init_from=resume", "--max_iters=8")
+    ckpts = [load_checkpoint(f"{name}/ckpt.pt") for name in (one, many, nodes) if os.path.exists(name)]
+    for ckpt in ckpts[1:]:
+        assert ckpt["step"] == 8 and abs(ckpt["best"] - ckpts[0]["best"]) < 1e-4
+        assert all((ckpt["model"][k] - ckpts[0]["model"][k]).abs().max() < 1e-5 for k in ckpt["model"])
 
 
-def test_a_stopped_torchrun_saves_and_a_killed_one_ends(here, monkeypatch):
-    flags = [*SMALL, "--gradient_accumulation_steps=20000", "--max_iters=100000", "--out_dir=stopped"]
-    run = torchrun(2, *flags)                               # a step takes minutes
-    while "stopped" not in os.listdir():
+def test_a_stopped_torchrun_saves(here, monkeypatch):
+    run = torchrun(2, *SMALL, "--gradient_accumulation_steps=20000", "--out_dir=stopped")
+    while "stopped" not in os.listdir():                    # then its first step begins, which takes minutes
         assert run.poll() is None
         time.sleep(0.2)
-    time.sleep(2)
+    time.sleep(1)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert "stopped at step 0" in out and err.count("stopping after this step") == 1
     assert load_checkpoint("stopped/ckpt.pt")["step"] == 0
-    run = torchrun(2, "--init_from=resume", "--out_dir=stopped", "--gradient_accumulation_steps=2")
-    while load_checkpoint("stopped/ckpt.pt")["step"] == 0:
-        assert run.poll() is None
-        time.sleep(0.2)
-    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in err
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert "multiple of the 5 processes" in refused("train.py", *SMALL, "--out_dir=five")
 
 
 def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here):
-    with open("new.txt", "w") as f:
-        f.write("The value of an expression.\n" * 40)
+    put({"new.txt": "The value of an expression.\n" * 40})
     script("prepare_shakespeare.py", "--input", "new.txt", "--dataset", "new", "--like", "out/model.pt")
     script("train.py", "--init_from=out/model.pt", "--dataset=new", "--out_dir=fine", "--max_iters=1",
            "--learning_rate=0.0", "--adam_lr=0.0")
@@ -1078,68 +943,86 @@ def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here):
     assert all(torch.equal(old[key], new[key]) for key in old)
 
 
-def test_training_refuses_what_it_cannot_use(here, monkeypatch):
-    alphabet = json.loads((here / "data/text/meta.json").read_text())
+@pytest.fixture(scope="session")
+def broken(text_dir):
+    """Data sets and checkpoints, in bad/, that are of no use."""
+    os.chdir(text_dir)
+    with open("data/text/meta.json") as f:
+        alphabet = json.load(f)
 
     def dataset(name, train=b"\1\0" * 99, val=b"\1\0" * 99, **changes):
-        folder = here / "data" / name
-        folder.mkdir(exist_ok=True)
         counts = {"train_tokens": len(train) // 2, "val_tokens": len(val) // 2}
-        (folder / "meta.json").write_text(json.dumps(alphabet | counts | changes))
-        (folder / "train.bin").write_bytes(train)
-        (folder / "val.bin").write_bytes(val)
+        put({f"data/{name}/meta.json": json.dumps(alphabet | counts | changes),
+             f"data/{name}/train.bin": train, f"data/{name}/val.bin": val})
 
     dataset("odd", train=b"123")
     dataset("cut-off", train_tokens=100)
     dataset("short", val=b"\0\0" * 31)
     dataset("beyond", train=np.full(100, 999, np.uint16).tobytes())
     dataset("other", chars=alphabet["chars"][::-1])
-    dataset("broken")
-    (here / "data/broken/meta.json").write_text('{"tokenizer": "cha')
     dataset("unfinished")
-    (here / "data/unfinished/progress.json").write_text('{"command": "python prepare.py --input b"}')
-    (here / "bad").mkdir(exist_ok=True)
+    put({"data/broken/meta.json": '{"tokenizer": "cha', "empty.txt": "\n",
+         "data/unfinished/progress.json": '{"command": "python prepare.py --input b"}',
+         "bad/ckpt.pt": (text_dir / "out/ckpt.pt").read_bytes()[:5000],
+         "bare/ckpt.pt": (text_dir / "out/model.pt").read_bytes()})
     model = load_checkpoint("out/model.pt")
-    for name, content in {"foreign": {"model": 1}, "code": {"f": os.system}, "older": model | {"model": {}},
-                          "strange": model | {"config": {"colour": 1}}, "five": model | {"step": "5"}}.items():
-        torch.save(content, f"bad/{name}.pt")
-    (here / "bad/ckpt.pt").write_bytes((here / "out/ckpt.pt").read_bytes()[:5000])
-    (here / "bare").mkdir(exist_ok=True)
-    shutil.copy("out/model.pt", "bare/ckpt.pt")
+    for name, content in {
+            "foreign": {"model": 1}, "code": {"f": os.system}, "older": model | {"model": {}},
+            "colour": model | {"config": model["config"] | {"colour": 1}}, "five": model | {"step": "5"},
+            "heads": model | {"config": model["config"] | {"n_head": 5}}, "nothing": model | {"config": None},
+            "texts": model | {"meta": {}}, "bound": model | {"nelbo": None}}.items():
+        os.makedirs(f"bad/{name}")
+        torch.save(content, f"bad/{name}/model.pt")
+
+
+@pytest.mark.parametrize("words, flags", [
+    ("data/none/meta.json can't be used .* --dataset none", ["--dataset=none"]),
+    ("data/broken/meta.json can't be used", ["--dataset=broken"]),
+    ("data/unfinished is unfinished: python prepare.py --input b", ["--dataset=unfinished"]),
+    ("odd/train.bin has 3 bytes, not two for each of the 1 tokens", ["--dataset=odd"]),
+    ("cut-off/train.bin has 198 bytes, not two for each of the 100", ["--dataset=cut-off"]),
+    ("fewer than block_size 32", ["--dataset=short"]),
+    ("the id 999, beyond the vocabulary", ["--dataset=beyond"]),
+    ("another vocabulary", ["--dataset=other", "--init_from=out/model.pt"]),
+    ("no checkpoint nowhere/ckpt.pt", ["--init_from=resume", "--out_dir=nowhere"]),
+    ("bad/ckpt.pt isn't a checkpoint of this version, or not all", ["--init_from=resume", "--out_dir=bad"]),
+    ("bad/code/model.pt isn't a checkpoint", ["--init_from=bad/code/model.pt"]),
+    ("weights in out/model.pt don't fit", ["--init_from=out/model.pt", "--n_layer=3"]),
+    ("no optimizer state", ["--init_from=resume", "--out_dir=bare"]),
+    ("device is 'tpu'", ["--device=tpu"]), ("device is 'cuda:99'", ["--device=cuda:99"]),
+    ("compile needs a C.. compiler.* --compile=False", ["--compile"]),
+    ("bad/ckpt.pt can't be written to: ", ["--out_dir=bad/ckpt.pt"]),
+    ("loss is nan at step .* keeps the last good", ["--learning_rate=1e14", "--grad_clip=0.0"])])
+def test_training_refuses_what_it_cannot_use(here, broken, monkeypatch, words, flags):
     monkeypatch.setenv("CXX", "no-compiler")
-    for words, *flags in [
-        ("data/none/meta.json can't be used .* --dataset none", "--dataset=none"),
-        ("data/broken/meta.json can't be used", "--dataset=broken"),
-        ("data/unfinished is unfinished: python prepare.py --input b", "--dataset=unfinished"),
-        ("odd/train.bin has 3 bytes, not two for each of the 1 tokens", "--dataset=odd"),
-        ("cut-off/train.bin has 198 bytes, not two for each of the 100", "--dataset=cut-off"),
-        ("fewer than block_size 32", "--dataset=short"),
-        ("the id 999, beyond the vocabulary", "--dataset=beyond"),
-        ("another vocabulary", "--dataset=other", "--init_from=out/model.pt"),
-        ("no checkpoint nowhere/ckpt.pt", "--init_from=resume", "--out_dir=nowhere"),
-        ("bad/ckpt.pt isn't a checkpoint of this version, or not all", "--init_from=resume", "--out_dir=bad"),
-        *((f"bad/{name}.pt isn't a checkpoint", f"--init_from=bad/{name}.pt")
-          for name in ("foreign", "code", "strange", "five")),
-        ("weights in bad/older.pt don't fit", "--init_from=bad/older.pt"),
-        ("weights in out/model.pt don't fit", "--init_from=out/model.pt", "--n_layer=3"),
-        ("no optimizer state", "--init_from=resume", "--out_dir=bare"),
-        ("device is 'tpu'", "--device=tpu"), ("device is 'cuda:99'", "--device=cuda:99"),
-        ("compile needs a C.. compiler.* --compile=False", "--compile"),
-        ("bad/ckpt.pt can't be written to: ", "--out_dir=bad/ckpt.pt"),
-        ("loss is nan at step .* keeps the last good", "--learning_rate=1e14", "--grad_clip=0.0"),
-    ]:
-        if not any("out_dir" in flag for flag in flags):
-            flags.append("--out_dir=refused")
-        assert re.search(words, refused("train.py", *SMALL, *flags)), words
-    assert os.listdir("refused") == ["log.csv"]             # of the last one alone, which never saved
+    assert re.search(words, refused("train.py", *SMALL, "--out_dir=refused", *flags))
+    assert os.path.exists("refused") == ("nan" in words)
+    shutil.rmtree("refused", ignore_errors=True)
+
+
+@pytest.mark.parametrize("words, flags", [
+    ("no checkpoint nowhere/model.pt", ["--out_dir=nowhere"]), ("noise is for edit", ["--noise=0.2"]),
+    ("'世' isn't in the tokenizer's alphabet", ["--text=世{3}"]),
+    ("needs 1000000000000 tokens", ["--text={1000000000000}"]),
+    ("give one of them", ["--text=a{3}", "--prompt_file=nowhere.txt"]),
+    ("'nowhere.txt' can't be used: No such file", ["--prompt_file=nowhere.txt"]),
+    ("'out/model.pt' can't be used: 'utf-8'", ["--prompt_file=out/model.pt"]),
+    ("guidance follows what is known", ["--guidance=1", "--edit=abc"]),
+    ("'empty.txt' is empty", ["--prompt_file=empty.txt"]), ("'empty.txt' is empty", ["--edit=empty.txt"]),
+    ("eta is 0.5, but masked diffusion has no such setting", ["--eta=0.5"]),
+    ("'no/where.svg' can't be used: No such file", ["--svg=no/where.svg"]),
+    *((f"bad/{name}/model.pt .*version", [f"--out_dir=bad/{name}"]) for name in (
+        "foreign", "code", "older", "colour", "five", "heads", "nothing", "texts", "bound"))])
+def test_sampling_refuses_what_it_cannot_use(here, broken, words, flags):
+    assert re.search(words, refused("sample.py", *flags))
 
 
 def test_a_full_disk_keeps_the_checkpoint_that_was_there(here, monkeypatch):
-    script("train.py", *SMALL, "--out_dir=full", "--max_iters=4")
-    before = (here / "full/ckpt.pt").read_bytes()
+    shutil.copytree("out", "full")
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    words = refused("train.py", "--init_from=resume", "--out_dir=full", "--max_iters=8")
-    assert "can't be written" in words and (here / "full/ckpt.pt").read_bytes() == before
+    words = refused("train.py", "--init_from=resume", "--out_dir=full", "--max_iters=12")
+    assert "can't be written" in words
+    assert (here / "full/ckpt.pt").read_bytes() == (here / "out/ckpt.pt").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1186,34 +1069,13 @@ def listen(monkeypatch, process="masked", stop=None):
     (["--length=100", "--steps=8"], ".{100}", "300 tokens in 44 network calls"),    # last window: 4
 ])
 def test_sampling_fills_what_is_unknown_and_repeats_itself(here, capsys, flags, pattern, counts):
-    (here / "prompt.txt").write_text("\ufeffTh{{{60} of\n", encoding="utf-8")
+    put({"prompt.txt": "\ufeffTh{{{60} of\n"})
     texts, err = samples(capsys, "--num_samples=3", *flags)
     assert len(texts) == 3 and all(re.fullmatch(pattern, text, re.DOTALL) for text in texts)
     assert counts in err and "masked diffusion" in err and "\033" not in err                # no terminal
     assert samples(capsys, "--num_samples=3", *flags)[0] == texts
     other_seed, _ = samples(capsys, "--num_samples=3", *flags, "--seed=2")
     assert (other_seed == texts) == (flags[0] == "--temperature=0")
-
-
-@pytest.mark.parametrize("words, flags", [
-    ("no checkpoint nowhere/model.pt", ["--out_dir=nowhere"]),
-    (b"'\\u4e16' isn't in the tokenizer's alphabet".decode("unicode_escape"), ["--text=世{3}"]),
-    ("needs 1000000000000 tokens", ["--text={1000000000000}"]),
-    ("give one of them", ["--text=a{3}", "--prompt_file=nowhere.txt"]),
-    ("'nowhere.txt' can't be used: No such file", ["--prompt_file=nowhere.txt"]),
-    ("'out/model.pt' can't be used: 'utf-8'", ["--prompt_file=out/model.pt"]),
-    ("guidance follows what is known", ["--guidance=1", "--edit=abc"]),
-    ("noise is for edit", ["--noise=0.2"]),
-    ("'empty.txt' is empty", ["--prompt_file=empty.txt"]),
-    ("'empty.txt' is empty", ["--edit=empty.txt"]),
-    ("eta is 0.5, but masked diffusion has no such setting", ["--eta=0.5"]),
-    ("'no/where.svg' can't be used: No such file", ["--svg=no/where.svg"]),
-])
-def test_sampling_refuses_what_it_cannot_use(here, words, flags):
-    (here / "empty.txt").write_text("\n")
-    with pytest.raises(SystemExit) as stop:
-        script("sample.py", *flags)
-    assert words in stop.value.code and "\n" not in stop.value.code
 
 
 @pytest.mark.parametrize("length, flags", [
@@ -1223,24 +1085,9 @@ def test_sampling_refuses_what_it_cannot_use(here, words, flags):
     (4, ["--text=abc", "--length=3"]), (60, ["--text=" + 40 * "a" + "{20}", "--length=50"]),
 ])
 def test_a_length_that_does_not_fit_is_answered_with_one_that_does(here, capsys, length, flags):
-    with pytest.raises(SystemExit) as stop:
-        script("sample.py", *flags)
-    advice = re.search(r"--length=\d+", stop.value.code)[0]
+    advice = re.search(r"--length=\d+", refused("sample.py", *flags))[0]
     texts, _ = samples(capsys, *flags, advice, "--steps=2", "--num_samples=2")
     assert [len(text) for text in texts] == [length] * 2
-
-
-@pytest.mark.parametrize("change", [{"config": {"colour": 1}}, {"config": {"n_head": 5}}, {"meta": {}},
-                                    {"config": None}, {"nelbo": None}, {"model": {}}])
-def test_sampling_refuses_models_of_other_versions(here, change):
-    os.makedirs("other", exist_ok=True)
-    ckpt = load_checkpoint("out/model.pt")
-    for key, value in change.items():
-        ckpt[key] = ckpt[key] | value if key == "config" and value else value
-    torch.save(ckpt, "other/model.pt")
-    with pytest.raises(SystemExit) as stop:
-        script("sample.py", "--out_dir=other")
-    assert "other/model.pt" in stop.value.code and "version" in stop.value.code
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -1251,7 +1098,7 @@ def test_files_are_read_as_they_are_but_for_the_last_line_end(here, monkeypatch,
     os.makedirs("returns", exist_ok=True)
     torch.save(ckpt, "returns/model.pt")
     text = "a\rb\r\n\n{{c" if flag == "--edit" else "a\rb\r\n\n{c"
-    (here / "crlf.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + end.encode())
+    put({"crlf.txt": f"\ufeff{text}{end}"})
     calls = listen(monkeypatch)
     script("sample.py", f"{flag}=crlf.txt", "--out_dir=returns", "--num_samples=1", "--steps=1")
     read = Tokenizer(ckpt["meta"]).decode(calls[0][0][0].tolist())
@@ -1269,15 +1116,13 @@ def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
 
 
 def test_a_text_is_rewritten_the_more_the_noise(here, capsys):
-    text = "The value of the expression is"
-    (here / "edit.txt").write_text(3 * text + "\n")
-    kept = []
-    for noise, flags in (0.01, [f"--edit={text}"]), (0.4, [f"--edit={text}"]), (1.0, [f"--edit={text}"]), (
-            0.01, ["--edit=edit.txt", "--length=90"]):                          # the last in windows
-        texts, _ = samples(capsys, *flags, f"--noise={noise}", "--num_samples=8")
-        assert {len(new) for new in texts} == {90 if "90" in flags[-1] else 30}
-        kept.append(sum(a == b for new in texts for a, b in zip(new, 3 * text)) / sum(map(len, texts)))
-    assert kept[0] > 0.75 > kept[1] > 0.4 > kept[2] and kept[3] > 0.85
+    text, kept = 3 * "The value of the expression is", []
+    put({"edit.txt": text + "\n"})
+    for noise in 0.01, 0.4, 1.0:
+        texts, _ = samples(capsys, "--edit=edit.txt", "--length=90", f"--noise={noise}", "--num_samples=8")
+        assert {len(new) for new in texts} == {90}          # in windows
+        kept.append(sum(a == b for new in texts for a, b in zip(new, text)) / sum(map(len, texts)))
+    assert kept[0] > 0.75 > kept[1] > 0.4 > kept[2]
 
 
 def test_noise_of_sampling_is_not_the_embeddings_of_training(here, monkeypatch):
@@ -1327,74 +1172,53 @@ def test_svg_lays_text_out_in_lines_and_columns_which_earlier_pictures_keep(text
         assert sum(1 + (c == "世") for c in old) <= sum(1 + (c == "世") for c in new) + 1
 
 
-def test_pieces_of_byte_pairs_keep_halves_of_characters_together():
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("needs GPT-2's byte pairs (TIKTOKEN_CACHE_DIR)")
-    tokenizer = Tokenizer({"tokenizer": "gpt2", "vocab_size": 50257})
-    ids = tokenizer.encode("a 世界🙂")
-    pieces = tokenizer.pieces(ids)
-    assert len(ids) == len(pieces) > 5 and "".join(pieces) == "a 世界🙂" == tokenizer.decode(ids)
-    assert tokenizer.pieces([ids[0], tokenizer.V, ids[-1]])[:2] == ["a", "·"]
-    assert tokenizer.decode([*ids[:-1], tokenizer.V]).endswith("�·")
-    assert tokenizer.decode(ids[:-1]).endswith("�") and tokenizer.decode([]) == ""
+def test_pieces_of_byte_pairs_keep_halves_of_characters_together(gpt2):
+    ids = gpt2.encode("a 世界🙂")
+    pieces = gpt2.pieces(ids)
+    assert len(ids) == len(pieces) > 5 and "".join(pieces) == "a 世界🙂" == gpt2.decode(ids)
+    assert gpt2.pieces([ids[0], gpt2.V, ids[-1]])[:2] == ["a", "·"]
+    assert gpt2.decode([*ids[:-1], gpt2.V]).endswith("�·")
+    assert gpt2.decode(ids[:-1]).endswith("�") and gpt2.decode([]) == ""
 
 
 # ------------------------------------------------------------------------------------------------------------
 # all of it: a small model learns English far beyond its letter frequencies
 
-@pytest.fixture(scope="session", params=PROCESSES)
-def trained(request, text_dir):
-    """What train.py prints, and the folder of a model of 64 channels after 400 steps."""
-    os.chdir(text_dir)
-    folder = f"trained-{request.param}"
+def entropy(share):
+    return -(share[share > 0] * np.log(share[share > 0])).sum()
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_end_to_end_a_model_learns_english_and_does_not_collapse(here, process):
     if not os.path.exists("data/prose"):                                        # sentences, without tables
         text = re.sub(r"[^A-Za-z0-9 .,;:()'\n]+", " ", "\n".join(topics[name] for name in sorted(topics)))
-        with open("prose.txt", "w") as f:
-            f.write(re.sub(r"\s+", " ", text))
+        put({"prose.txt": re.sub(r"\s+", " ", text)})
         script("prepare_shakespeare.py", "--input", "prose.txt", "--dataset", "prose")
-    run = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--dataset=prose",
-                          f"--out_dir={folder}", f"--process={request.param}", "--block_size=64",
-                          "--n_layer=2", "--n_embd=64", "--n_head=1", "--max_iters=400", "--eval_iters=32",
-                          "--eval_interval=400"],
-                         capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout, folder
-
-
-def test_end_to_end_through_the_command_line(here, trained):
-    out, folder = trained
+    out_dir = f"--out_dir=trained-{process}"
+    trained = python(f"{HERE}/train.py", "--dataset=prose", out_dir, f"--process={process}", "--n_layer=2",
+                     "--n_embd=64", "--n_head=1", "--block_size=64", "--max_iters=300", "--eval_iters=16")
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    sampled = python(f"{HERE}/sample.py", out_dir, "--text=The {40}")
+    assert sampled.returncode == 0 and sampled.stdout.startswith("The "), sampled.stderr[-2000:]
     tokens = np.fromfile("data/prose/train.bin", np.uint16)
-    p = np.bincount(tokens) / len(tokens)
-    unigram = -(p[p > 0] * np.log(p[p > 0])).sum()
-    bound = float(re.search(r"val nelbo (\d\.\d+)", out).group(1))
-    assert bound < unigram - 0.25, (bound, unigram)
-    run = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), f"--out_dir={folder}",
-                          "--text=The {40}"],
-                         capture_output=True, text=True, check=False)
-    assert run.returncode == 0 and run.stdout.startswith("The "), run.stderr[-2000:]
-
-
-def test_a_trained_model_has_not_collapsed(here, trained):
-    out, folder = trained
-    table = [[float(v) for v in row.split()] for row in re.findall(r"^  0\.[\d. -]+$", out, re.MULTILINE)]
-    names = ["t", *re.split("  +", re.search(r"^     t +(.*)$", out, re.MULTILINE).group(1))]
-    column = {name: [row[i] for row in table] for i, name in enumerate(names)}
+    real = np.bincount(tokens) / len(tokens)
+    assert float(re.search(r"val nelbo (\d\.\d+)", trained.stdout)[1]) < entropy(real) - 0.25
     # noise costs; a collapsed row is flat
-    assert column["cross-entropy"] == sorted(column["cross-entropy"])
+    table = re.search(r"^     t .*(\n  0\..*)+", trained.stdout, re.MULTILINE)[0].strip().splitlines()
+    rows = [map(float, row.split()) for row in table[1:]]
+    column = dict(zip(re.split("  +", table[0]), zip(*rows)))
+    assert sorted(column["cross-entropy"][::2]) == list(column["cross-entropy"][::2])
     assert column["accuracy"][0] > column["accuracy"][-1] + 0.2
-    model = load_model(f"{folder}/model.pt")[0]
-    if "cosine" in column:
-        assert column["accuracy"][0] > 0.99 and column["cosine"][0] > 0.99
+    model = load_model(f"trained-{process}/model.pt")[0]
+    if process == "embed":
+        assert column["accuracy"][0] > 0.98 and column["cosine"][0] > 0.98    # t = .05
         assert all(abs(c - m) < 0.1 for c, m in zip(column["cosine"], column["magnitude"]))
         e = F.normalize(model.table(), dim=1)
         assert abs((e @ e.T - torch.eye(len(e))).mean()) < 0.05
     torch.manual_seed(0)
     *_, (x, _) = model.sample(*unknown(64, 64), 64)
-    tokens = np.fromfile("data/prose/train.bin", np.uint16)
-    share, real = (np.bincount(ids, minlength=model.V) / len(ids) for ids in (x.flatten().numpy(), tokens))
-    assert share.max() < 1.5 * real[share.argmax()]
-    assert (-(share[share > 0] * np.log(share[share > 0])).sum()
-            > -(real[real > 0] * np.log(real[real > 0])).sum() - 0.3)
+    share = np.bincount(x.flatten().numpy(), minlength=model.V) / x.numel()
+    assert share.max() < 1.5 * real[share.argmax()] and entropy(share) > entropy(real) - 0.3
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -1412,11 +1236,12 @@ def test_byte_pairs_train_and_padding_is_never_sampled(owt, process, capsys):
     assert capsys.readouterr().out.count("The") == 2
 
 
-def test_bench_measures_both_processes_beside_a_gpt(here, capsys):
+def test_bench_measures_both_processes_beside_a_gpt(here, monkeypatch, capsys):
+    clock = time.perf_counter                               # runs ten times as fast, for fewer rounds
+    monkeypatch.setattr(time, "perf_counter", lambda: 10 * clock())
     script("bench.py", *SMALL)
     out = capsys.readouterr().out
     for name in "masked", "embed", "causal GPT":
         assert re.search(rf"^{name} +\d+\.\d +\d+\.\d-\d+\.\d +[\d,]+ +\d\.\d{{3}}", out, re.MULTILINE), out
-    speed = r"[\d,]+ tokens/s \(\d+% of it the loop's own work\) for batch "
     for kind in "masked sampling, 32 steps", "masked sampling, confidence", "embed sampling, 32 steps":
-        assert re.search(f"^{kind}: {speed}1, {speed}32$", out, re.MULTILINE), out
+        assert re.search(rf"^{kind}: [\d,]+ \S+ for batch 1, [\d,]+ \S+ for batch 32$", out, re.MULTILINE)

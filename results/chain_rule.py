@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import crops, load_bin
+from data import crops, load_data
 from diffusion import load_model, times
 
 
@@ -27,7 +27,7 @@ folder, n = sys.argv[1], int(sys.argv[2])
 model, _, cfg, _ = load_model(f"{folder}/model.pt")
 T, V = cfg.block_size, model.V
 torch.manual_seed(0)
-x0 = crops(load_bin(cfg.dataset, "val", V, T), np.random.default_rng(0), n, T)
+x0 = crops(load_data(cfg.dataset, T)[1]["val"], np.random.default_rng(0), n, T)
 forward = torch.arange(T).expand(n, T)
 for name, order in {"left to right": forward, "right to left": forward.flip(1),
                     "a random order": torch.rand(n, T).argsort(1)}.items():
