@@ -156,10 +156,8 @@ class Masked(nn.Module):
 
         x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: that share of it is masked. A
         step chooses which tokens to reveal, at random or the surest first (MaskGIT, arXiv:2202.04200), and
-        draws them; the last leaves none. There are min(steps, unknown tokens) at most, each revealing one or
-        more; with remask up to steps, which also take back that share of what was revealed, on average
-        (ReMDM, arXiv:2503.00307). certainty is 1 for what is revealed and 0 for [MASK].
-        """
+        draws them; there are at most as many as unknown tokens, but with remask, which takes back that share
+        of what was revealed, on average (ReMDM, arXiv:2503.00307). certainty is 0 for [MASK], else 1."""
         n = (~known).sum(1)
         first = (n * noise).round().long().clamp(min=1).minimum(n)              # (B,) masked at the start
         x = x.masked_fill(lot(~known, first), self.V)
@@ -168,15 +166,12 @@ class Masked(nn.Module):
         for i in range(1, steps + 1):
             masked = x == self.V
             left, shown = masked.sum(1), ~(masked | known)
-            # as many stay masked as the grid says; but this step reveals one and leaves one for each to come
-            after = (first * SCHEDULES[schedule](1 - i / steps)).round().long()
-            if not remask:
+            after = (first * SCHEDULES[schedule](1 - i / steps)).round().long().minimum(left)
+            if not remask:          # each step reveals at least one, and leaves one for each to come
                 after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
-            after = after.minimum(left)
             back = (remask * (n - left) + torch.rand(n.shape, device=n.device)).long().minimum(after)
             quota = left - after + back                                         # (B,) to reveal in this step
-            # random places don't depend on logits: then the head computes those alone
-            blind = order == "random" and threshold == 1
+            blind = order == "random" and threshold == 1        # then no logits choose: head at these alone
             reveal = lot(masked, quota) if blind else masked
             if not (quota.any() if threshold == 1 else left.any()):
                 continue
