@@ -458,6 +458,8 @@ def script(name, *argv):
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before, handlers = sys.argv, [signal.getsignal(number) for number in signals]
     sys.argv = [name, *argv]
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)               # under nohup, or behind an &, some are ignored
     try:
         return runpy.run_path(os.path.join(HERE, name), run_name="__main__")
     finally:
