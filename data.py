@@ -73,11 +73,17 @@ def crops(tokens, rng, B, T):
     return torch.from_numpy(np.stack([tokens[i:i + T] for i in starts]).astype(np.int64))
 
 
+def replace_file(path, write):
+    """write(file) fills a temporary file, which takes the name then: there's the old one or the new, whole."""
+    with open(f"{path}.tmp", "wb") as file:
+        write(file)
+    os.replace(f"{path}.tmp", path)
+
+
 def save_checkpoint(path, content):
     """Writes a plain dict as a checkpoint; a crash on the way leaves the old file as it was."""
     try:
-        torch.save(content, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        replace_file(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as e:                # torch raises RuntimeErrors for a full disk
         fail(f"{path} can't be written ({e}); what was there before is as it was")
 

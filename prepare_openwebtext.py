@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import fail
-from data import Tokenizer
-from prepare_shakespeare import UNREADABLE, opened, owned, replace_file
+from data import Tokenizer, replace_file
+from prepare_shakespeare import UNREADABLE, opened, owned
 
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
 KINDS = {"text": r"\.txt(\.xz|\.gz)?", "lines": r"\.(jsonl|ndjson)(\.xz|\.gz)?|\.json\.(xz|gz)",
@@ -155,7 +155,7 @@ def write(folder, sources, done, val_share, field):
                     file.flush()
                     os.fsync(file.fileno())
                 done.update(read=n, fingerprint=sources[n - 1][-1])
-                replace_file(folder / "progress.json", json.dumps(done).encode())
+                replace_file(folder / "progress.json", lambda file: file.write(json.dumps(done).encode()))
                 kept = time.time()
             by_hash, ids = result.result()
             split = sources[n][0] or by_hash
@@ -195,7 +195,7 @@ def prepare(dataset="openwebtext", inputs=(), val=(), field="text", val_share=0.
             fail(f"what {journal} says is done isn't as it was (files, --field, --val_share): repeat "
                  f"{done['command']} with the same files, or delete that journal to start over")
         done["command"] = shlex.join(["python", *sys.argv])
-        replace_file(journal, json.dumps(done).encode())        # from now on it is known to be unfinished
+        replace_file(journal, lambda file: file.write(json.dumps(done).encode()))        # from now on it is known to be unfinished
         for name in ("meta.json", "train.bin", "val.bin") if not done["read"] else ():
             (folder / name).unlink(missing_ok=True)     # an older data set; a run that reads it still can
         print(f"{folder}: {len(sources) - done['read']:,} of {len(sources):,} files are left to read")
@@ -205,7 +205,7 @@ def prepare(dataset="openwebtext", inputs=(), val=(), field="text", val_share=0.
             journal.unlink()                            # other documents are to come, from the beginning
             fail("there is text for one of train.bin and val.bin alone: pass more documents, or --val")
         meta = META | {"source": ", ".join(inputs)[:200] or "OpenWebText"} | counts
-        replace_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
+        replace_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
         journal.unlink()
     print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
 

@@ -22,7 +22,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from config import fail
-from data import load_checkpoint, load_data
+from data import load_checkpoint, load_data, replace_file
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -37,13 +37,6 @@ def opened(path, stream=None):
     unpack = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1].lower())
     unpacked = unpack(stream or path) if unpack else stream or open(path, "rb")  # noqa: SIM115 (the caller's)
     return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
-
-
-def replace_file(path, content):
-    """Writes bytes under a temporary name, then renames: there is the old file or the new one, never half."""
-    with open(f"{path}.tmp", "wb") as f:
-        f.write(content)
-    os.replace(f"{path}.tmp", path)
 
 
 @contextlib.contextmanager
@@ -105,9 +98,9 @@ def prepare(dataset="shakespeare", path=None, offline=False, val=None, like=None
             "train_tokens": cut, "val_tokens": len(text) - cut}
     with owned(dataset, foreign="gpt2") as folder:
         (folder / "meta.json").unlink(missing_ok=True)  # without it, nobody takes the rest for whole
-        contents = tokens[:cut].tobytes(), tokens[cut:].tobytes(), json.dumps(meta, indent=1).encode()
-        for name, content in zip(("train.bin", "val.bin", "meta.json"), contents):
-            replace_file(folder / name, content)
+        replace_file(folder / "train.bin", tokens[:cut].tofile)
+        replace_file(folder / "val.bin", tokens[cut:].tofile)
+        replace_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     print(f"{folder}: {cut:,} + {len(text) - cut:,} characters of {source}; {len(chars)} distinct: {chars!r}")
 
 

@@ -74,7 +74,7 @@ if name == "causal GPT":
 train = {"__name__": "__main__"}
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["train.py", f"--process={process}", "--eval_interval=1000000", f"--out_dir={folder}", *flags]
-    exec(changed("train.py", {"    global best\n": "    global best, nelbo, se\n"}), train)  # noqa: S102
+    exec(changed("train.py", {"    nelbo, se = total(": "    global nelbo, se\n    nelbo, se = total("}), train)  # noqa: S102
 row = f"ROW {process}, {name} {' '.join(flags)}: bound {train['nelbo']:.4f} ± {train['se']:.4f}"
 judge = Judge(f"data/{train['cfg'].dataset}")
 for steps in (32, 128) if name != "causal GPT" else (train["T"],):
