@@ -8,11 +8,9 @@ import inspect
 import os
 import re
 import runpy
-import shutil
 from dataclasses import dataclass, fields
 
 import torch
-from torch.utils._triton import has_triton
 
 # The type of a setting is a function from text to its value; it raises ValueError for what it must not be.
 
@@ -68,8 +66,6 @@ class Config(Checked):
     learning_rate: amount = 0.01                # of Muon, for the matrices of the blocks
     adam_lr: amount = 0.005                     # of AdamW, for everything else
     weight_decay: amount = 0.1                  # of Muon only
-    beta1: not_all = 0.9                        # of AdamW
-    beta2: not_all = 0.95
     grad_clip: amount = 1.0                     # the gradient's greatest norm; 0: no limit
     max_iters: count = 3000                     # optimizer steps
     warmup_iters: count = 50                    # linear warm-up; the last 60 % decay linearly to zero
@@ -156,8 +152,6 @@ def hardware(cfg):
     if cfg.dtype == "auto":
         fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
         cfg.dtype = "bfloat16" if fast else "float32"
-    if isinstance(cfg, Config):                         # sampling doesn't compile
-        cfg.compile = cuda if cfg.compile is None else cfg.compile
-        if cfg.compile and not (has_triton() if cuda else shutil.which(os.environ.get("CXX", "g++"))):
-            fail(f"compile needs {'Triton' if cuda else 'a C++ compiler'}: install it, or --compile=False")
+    if isinstance(cfg, Config) and cfg.compile is None:
+        cfg.compile = cuda
     return cfg

@@ -29,11 +29,9 @@ ORDERS = {          # which [MASK]s go first: those with the highest value (K,) 
 
 
 def times(rng, n_micro, B):
-    """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset.
-
-    Rows i and i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so
-    each is spread by itself. All are odd multiples of 2^-23: exact in float32, and t T is never whole.
-    """
+    """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset. Rows i and
+    i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so each is
+    spread by itself. All are odd multiples of 2^-23: exact in float32, and t T is never whole."""
     n_pairs = n_micro * B // 2
     t = (rng.random() + torch.arange(n_pairs, dtype=torch.float64) / n_pairs) % 1
     t = (2 * (t * 2 ** 22).floor() + 1) / 2 ** 23
@@ -67,11 +65,9 @@ def probabilities(logits, temperature, top_k, top_p):
 
 
 def draw(p):
-    """One index (K,) per row of the probabilities p (K, V), which need not sum to 1.
-
-    By inversion in float64: float32 Gumbel noise can't reach the tail of a large vocabulary, and silently
-    lowers the entropy of samples (arXiv:2409.02908).
-    """
+    """One index (K,) per row of the probabilities p (K, V), which need not sum to 1. By inversion in float64:
+    float32 Gumbel noise can't reach the tail of a large vocabulary, and silently lowers the entropy of
+    samples (arXiv:2409.02908)."""
     cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
     u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=p.size(1) - 1)
@@ -89,19 +85,15 @@ class Masked(nn.Module):
         self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
 
     def corrupt(self, x0, t):
-        """x0 (B, T) with exactly k = floor(t T) + 1 random tokens of each row replaced by V.
-
-        If t is uniform, so is k on 1..T; and at 1 - t it is T + 1 - k.
-        """
+        """x0 (B, T) with exactly k = floor(t T) + 1 random tokens of each row replaced by V. If t is uniform,
+        so is k on 1..T; and at 1 - t it is T + 1 - k."""
         T = x0.size(1)
         k = ((t * 2 ** 40).long() * T // 2 ** 40 + 1).clamp(max=T)              # whole numbers: no rounding
         return x0.masked_fill(choose(torch.rand(x0.shape, device=x0.device), k), self.V)
 
     def denoise(self, xt, t, at=None):
-        """Logits (B, T, V) of each position's token given xt; t (B,) is the share of xt that is masked.
-
-        With at (K,), indices into the flattened (B T) positions, the head computes those rows only: (K, V).
-        """
+        """Logits (B, T, V) of each position's token given xt; t (B,) is the share of xt that is masked. With
+        at (K,), indices into the flattened (B T) positions, the head computes those rows only: (K, V)."""
         h = self.net(self.stem(xt), t)                                          # (B, T, C)
         if at is not None:
             h = h.flatten(0, 1).index_select(0, at)
@@ -116,29 +108,24 @@ class Masked(nn.Module):
         """Noises x0 to t: k (B,), and of all K masked tokens row (K,), id (K,) and logits (K, V)."""
         B, T = x0.shape
         xt = self.corrupt(x0, t)
-        masked = xt == self.V
-        if torch.compiler.is_compiling():               # wants a constant: pairs t, 1 - t mask so many tokens
-            at = masked.flatten().nonzero_static(size=B * (T + 1) // 2).squeeze(1)
-        else:
-            at = masked.flatten().nonzero().squeeze(1)
-        return masked.sum(1), at // T, x0.flatten()[at], self.denoise_at(xt, at)
+        k = (xt == self.V).sum(1)
+        # compiled code wants a constant: pairs t, 1 - t mask so many tokens
+        size = B * (T + 1) // 2 if torch.compiler.is_compiling() else int(k.sum())
+        at = (xt == self.V).flatten().nonzero_static(size=size).squeeze(1)
+        return k, at // T, x0.flatten()[at], self.denoise_at(xt, at)
 
     def forward(self, x0, t):
-        """What training minimises: the mean cross-entropy of all masked tokens.
-
-        Each counts the same, where the bound weighs it by 1 / k. That makes the gradient less noisy, and the
-        bound itself ends lower (results/README.md). Compiled, times that are no pairs give nan.
-        """
+        """What training minimises: the mean cross-entropy of all masked tokens. Each counts the same, where
+        the bound weighs it by 1 / k: the gradient is less noisy, and the bound itself ends lower
+        (results/README.md). Compiled, times that are no pairs give nan."""
         k, _, target, logits = self.predict(x0, t)
         nll = F.cross_entropy(logits, target, reduction="none")                 # (K,)
         return torch.where(k.sum() == len(nll), nll, torch.nan).mean()
 
     def nelbo(self, x0, t):
-        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T.
-
-        The mean cross-entropy of k masked tokens, k uniform on 1..T: the any-order autoregressive bound,
-        equal to the continuous-time one (RADD, arXiv:2406.03736).
-        """
+        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T: the mean
+        cross-entropy of k masked tokens, k uniform on 1..T, which is the any-order autoregressive bound and
+        equal to the continuous-time one (RADD, arXiv:2406.03736)."""
         k, row, target, logits = self.predict(x0, t)
         nll = F.cross_entropy(logits, target, reduction="none")
         return torch.zeros_like(t).index_add(0, row, nll) / k
@@ -152,12 +139,11 @@ class Masked(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, steps, noise=1.0, schedule="linear", order="random", threshold=1.0, remask=0.0,
                guidance=0.0, temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: the start with [MASK]s, then after each step.
-
-        x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: that share of it is masked. A
-        step chooses which tokens to reveal, at random or the surest first (MaskGIT, arXiv:2202.04200), and
-        draws them; there are at most as many as unknown tokens, but with remask, which takes back that share
-        of what was revealed, on average (ReMDM, arXiv:2503.00307). certainty is 0 for [MASK], else 1."""
+        """Yields (tokens, certainty), (B, T) each: the start with [MASK]s, then after each step; certainty is
+        0 for [MASK], else 1. x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: that
+        share of it is masked. A step chooses which tokens to reveal, at random or the surest first (MaskGIT,
+        arXiv:2202.04200), and draws them; there are at most as many as unknown tokens, but with remask, which
+        takes back that share of what was revealed, on average (ReMDM, arXiv:2503.00307)."""
         n = (~known).sum(1)
         first = (n * noise).round().long().clamp(min=1).minimum(n)              # (B,) masked at the start
         x = x.masked_fill(lot(~known, first), self.V)
@@ -218,13 +204,9 @@ class Embed(nn.Module):
         """E (V, D), the embeddings: float32 rows of length sqrt(D)."""
         return self.D ** 0.5 * F.normalize(self.weight, dim=1)
 
-    # ---- the schedule
-
     def schedule(self, t):
-        """logsnr at t, and how steeply it falls there, which is one over its density; each of the shape of t.
-
-        t = (1 + x / c)^-a where x = D e^logsnr, but that both ends are cut off: for D = c, t = sigma^(2a).
-        """
+        """logsnr at t, and how steeply it falls there, which is one over its density; each of t's shape.
+        t = (1 + x / c)^-a where x = D e^logsnr, but that both ends are cut off: for D = c, t = sigma^(2a)."""
         c, a = self.CURVE[0] * math.log(self.V), self.CURVE[1]
         clean, noisy = ((1 + math.exp(end) / c) ** -a for end in self.ENDS)
         u = clean + (noisy - clean) * t
@@ -239,14 +221,6 @@ class Embed(nn.Module):
         """alpha and sigma at t."""
         logsnr = self.logsnr(t)
         return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
-
-    def between(self, x0, e0, t):
-        """(B, T) nats that estimates e0 of x0 (B, T) cost between the ends of the schedule: the integral of
-        1/2 e^logsnr |E[x0] - e0|^2 over logsnr (VDM, arXiv:2107.00630, eq. 17), of which t is a sample."""
-        logsnr, slope = self.schedule(t)
-        return (0.5 * logsnr.exp() * slope)[:, None] * (self.table()[x0] - e0).square().sum(-1)
-
-    # ---- noise in, tokens out
 
     def corrupt(self, x0, t):
         """(B, T, D): the embeddings of x0 (B, T), noised to t (B,)."""
@@ -265,12 +239,10 @@ class Embed(nn.Module):
         return logits.softmax(-1, dtype=torch.float32) @ self.table()
 
     def denoise(self, xt, t, sc=None, known=None):
-        """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,).
-
-        sc (B, T, D) is an earlier estimate of the embeddings (self-conditioning, arXiv:2208.04202), by
-        default that of each token alone. Where known (B, T) is True, xt holds the embedding itself, without
-        noise. The network adds what the context tells to the exact posterior of the token alone.
-        """
+        """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,): what the context tells, from
+        the network, is added to the exact posterior of the token alone. sc (B, T, D) is an earlier estimate
+        of the embeddings (self-conditioning, arXiv:2208.04202), by default that of each token alone. Where
+        known (B, T) is True, xt holds the embedding itself, without noise."""
         alone = self.alone(xt, t, known)
         sc = self.estimate(alone).detach() if sc is None else sc
         # the network normalises its input: without a vector that is always there, it couldn't see how long,
@@ -281,11 +253,10 @@ class Embed(nn.Module):
     def forward(self, x0, t):
         """What training minimises: the mean cross-entropy of the unknown tokens."""
         (B, T), device = x0.shape, x0.device
-        # in some rows a part is known: a beginning, or scattered tokens
-        place = torch.where(torch.rand(B, 1, device=device) < 0.5,
-                            torch.arange(T, device=device) / T, torch.rand(B, T, device=device))
-        known = ((place < torch.rand(B, 1, device=device))
-                 & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE))
+        # in a few rows a part is known: a beginning, or in every other row scattered tokens
+        place, share = torch.rand(B, T, device=device), torch.rand(B, 1, device=device)
+        place[::2] = torch.arange(T, device=device) / T
+        known = (place < share) & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE)
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
         # some tokens are hidden: of them the network must say what the context tells, which is its part
         # of the logits everywhere
@@ -311,14 +282,15 @@ class Embed(nn.Module):
         return (second.softmax(-1, dtype=torch.float32) + third.softmax(-1, dtype=torch.float32)) / 2
 
     def nelbo(self, x0, t):
-        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T: what the end of
-        noise tells, what is between, and cross-entropy at the clean end (VDM, arXiv:2107.00630, eq. 11)."""
-        prior = 0.5 * self.D * F.softplus(self.logsnr(torch.ones_like(t)))      # KL(q(x1|x0) || N(0, I))
-        between = self.between(x0, self.refined(x0, t) @ self.table(), t)
-        zero = torch.zeros_like(t)
-        clean = self.denoise(self.corrupt(x0, zero), zero)
-        nll = F.cross_entropy(clean.transpose(1, 2), x0, reduction="none")
-        return prior + (between + nll).mean(1)
+        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T (VDM,
+        arXiv:2107.00630, eq. 11): what the noisy end tells, the integral of 1/2 e^logsnr |E[x0] - e0|^2 over
+        logsnr (eq. 17), of which t is a sample, and the cross-entropy at the clean end."""
+        zero, one = torch.zeros_like(t), torch.ones_like(t)
+        prior = 0.5 * self.D * F.softplus(self.logsnr(one))                     # KL(q(x1|x0) || N(0, I))
+        (logsnr, slope), e0 = self.schedule(t), self.refined(x0, t) @ self.table()
+        between = 0.5 * logsnr.exp() * slope * (self.table()[x0] - e0).square().sum(-1).mean(1)
+        clean = self.denoise(self.corrupt(x0, zero), zero).transpose(1, 2)
+        return prior + between + F.cross_entropy(clean, x0, reduction="none").mean(1)
 
     def measures(self, x0, t):
         """Scalars by name, for the table by noise level, where a collapsed model shows at once."""
@@ -333,13 +305,11 @@ class Embed(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, steps, noise=1.0, schedule="linear", eta=1.0, guidance=0.0, temperature=1.0,
                top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps.
-
-        x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: it is noised to t = noise. eta
-        1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33), eta 0 deterministic (DDIM,
-        arXiv:2010.02502, eq. 12). guidance is as in Masked; where it hides known tokens, it noises them like
-        the others. tokens are the likeliest, certainty is their probability.
-        """
+        """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps; tokens are the
+        likeliest, certainty is their probability. x (B, T) counts where known (B, T) and, with noise below 1,
+        elsewhere: it is noised to t = noise. eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33),
+        eta 0 deterministic (DDIM, arXiv:2010.02502, eq. 12). guidance is as in Masked; where it hides known
+        tokens, it noises them like the others."""
         E, place = self.table(), known[..., None]
         given, eps = E[x.where(known, 0)], torch.randn(*x.shape, self.D, device=x.device)
         start = eps if noise == 1 else self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))
@@ -372,14 +342,11 @@ PROCESSES = {"masked": Masked, "embed": Embed}
 
 
 def load_model(path, **changes):
-    """(model, tokenizer, its Config, a line about it) of a model.pt, ready to sample; exits if it isn't one.
-
-    changes are made to the Config it was trained with: the device (by default the CPU), dtype.
-    """
+    """(model, tokenizer, its Config with changes, a line about it) of a model.pt; exits if it isn't one."""
     ckpt = load_checkpoint(path)
     cfg, tokenizer = Config(**ckpt["config"] | {"device": "cpu"} | changes), Tokenizer(ckpt["meta"])
     model = PROCESSES[cfg.process](cfg, tokenizer.V)
     load_weights(model, ckpt["model"], path)
-    bound = f"{ckpt['nelbo']:.4f} nats/token" if "nelbo" in ckpt else "not measured"
-    about = f"step {ckpt['step']}, bound {bound}, trained on {ckpt['meta']['source']}"
+    bound, source = ckpt.get("nelbo", math.nan), ckpt["meta"]["source"]         # nan: not measured
+    about = f"step {ckpt['step']}, bound {bound:.4f} nats/token, trained on {source}"
     return model.to(cfg.device).eval(), tokenizer, cfg, about

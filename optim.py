@@ -20,21 +20,16 @@ class Muon(torch.optim.Optimizer):
     as sums over 1 and 4 processes do, give weights that differ in the last bits. A shape's go at once.
     """
 
-    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
-
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
         for shape in dict.fromkeys(p.shape for p in group["params"]):
             params = [p for p in group["params"] if p.shape == shape]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["average"] = torch.zeros_like(p)
-                self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
-            nesterov = [p.grad.lerp(self.state[p]["average"], group["momentum"]) for p in params]
-            update = orthogonalise(torch.stack(nesterov).to(self.dtype)).float()
+            grads = [p.grad for p in params]
+            averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(grads, averages, group["momentum"])
+            update = orthogonalise(torch.stack(nesterov).to(group["dtype"])).float()
             lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5               # equal steps for each output
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update), alpha=-lr)
@@ -44,9 +39,9 @@ def configure_optimizers(model, cfg):
     """Muon for the matrices of the blocks, AdamW for everything else."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    return [Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, dtype=model.net.dtype),
-            torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0,
-                              fused=True)]
+    muon = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": 0.95}
+    return [Muon(matrices, muon | {"dtype": model.net.dtype}),
+            torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(0.9, 0.95), weight_decay=0, fused=True)]
 
 
 @torch.no_grad()

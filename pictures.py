@@ -17,6 +17,13 @@ def picture(before, state):
             for text, new, old, sure in zip(drawn, state[0], before[0], state[1])]
 
 
+def show(before, state):
+    """Draws a state in the terminal; what is new since the state before is green."""
+    text = "".join(f"\033[{STYLES[style]}m{text}\033[0m" for text, style in picture(before, state))
+    print("\033[H\033[2J" + text.replace("\0", ""), file=sys.stderr, flush=True)
+    time.sleep(0.05)
+
+
 def animation(states, wrap=64, seconds=0.12, hold=3):
     """An SVG of the states and the settled text: a film strip that goes up by one picture at a time. Tokens
     keep the columns that they take in the last one, on which it rests, or always if motion isn't wanted."""
@@ -43,20 +50,3 @@ rect {{ fill: #fff }} .noise {{ fill: #8c959f }} .new {{ fill: #1a7f37 }} .settl
 @keyframes f {{ 0% {{ transform: none }} {100 * run / loop:.3f}%, to {{ transform: translateY(-{up}px) }} }}
 </style><rect width="100%" height="100%" rx="6"/><g class="film" xml:space="preserve"
 transform="translate(0 -{up})">{frames}</g></svg>\n""".replace("\0", "")
-
-
-class Film(list):
-    """The states of a text in the making; of more than 48 the first, each 2nd (4th, ...) and the latest."""
-    n, every = 0, 1
-
-    def add(self, state, live):
-        if live:
-            pairs = picture(self[-1] if self else state, state)
-            text = "".join(f"\033[{STYLES[style]}m{text}\033[0m" for text, style in pairs)
-            print("\033[H\033[2J" + text.replace("\0", ""), file=sys.stderr, flush=True)
-            time.sleep(0.05)
-        self[self.n // self.every:] = [state]
-        self.n += 1
-        if len(self) == 49:
-            del self[1::2]
-            self.every *= 2

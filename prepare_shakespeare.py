@@ -86,7 +86,7 @@ def prepare(dataset="shakespeare", path=None, offline=False, val=None, like=None
     text += load(val)[0] if val else ""
     chars = "".join(sorted(set(text)))
     if like:                                            # the alphabet of a model that is to be fine-tuned
-        found = load_checkpoint(like)["meta"] if like.endswith(".pt") else load_data(like, 1, look=False)[0]
+        found = load_checkpoint(like)["meta"] if like.endswith(".pt") else load_data(like, 1)[0]
         chars = found.get("chars", "")
     if lacks := [f"{c!r} {n:,} times" for c, n in Counter(text).most_common() if c not in chars]:
         fail(f"{like} lacks {len(lacks)} characters of this text: {', '.join(lacks[:40])}; replace them")

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from config import SampleConfig, fail, hardware, load
 from diffusion import load_model
-from pictures import Film, animation
+from pictures import animation, show
 
 sys.stdout.reconfigure(errors="replace")                # · or 世 where the terminal has no such character
-if hasattr(signal, "SIGPIPE"):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # sample.py | head ends in silence
+for number in signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT):        # Windows lacks SIGPIPE
+    signal.signal(number, signal.SIG_DFL)               # Ctrl-C and sample.py | head end it in silence
 cfg = hardware(load(SampleConfig))
 path = os.path.join(cfg.out_dir, "model.pt")
 model, tokenizer, trained, about = load_model(path, device=cfg.device, dtype=cfg.dtype)
@@ -85,28 +85,26 @@ def write(x, known):
 # so many samples at once that they fit into a few GB
 n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))
 watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-film = Film()                                           # of the first sample
+film = []           # of the first sample: its state at the beginning, every few calls, and the latest
+every = 1 + min(known.count(False), (2 * total // block + 1) * cfg.steps) // 48
 bar = tqdm(desc="network calls", delay=0 if sys.stderr.isatty() and not watch else 1e9)    # it counts unseen
 model.net.register_forward_hook(lambda *_: bar.update() and None)       # anything else would be its output
 torch.manual_seed(-1 - cfg.seed)    # not as in training: the first noise would be the embeddings it drew
-done, interrupted = 0, False
-while done < cfg.num_samples and not interrupted:
+for done in range(0, cfg.num_samples, n_at_once):
     n = min(n_at_once, cfg.num_samples - done)
     x, given = torch.tensor([[ids] * n, [known] * n], device=cfg.device)
-    try:
-        for certainty in write(x, given.bool()):
-            if not done and (watch or cfg.svg):
-                film.add((tokenizer.pieces(x[0].tolist()), certainty[0].tolist()), live=watch)
-        rows = x.tolist()                               # waits for the device
-    except KeyboardInterrupt:
-        interrupted, rows = True, x.tolist()
-    for row in rows:
-        print(("-" * 80 + "\n" if done else "") + tokenizer.decode(row), flush=True)
-        done += 1
+    for i, certainty in enumerate(write(x, given.bool())):
+        if not done and (watch or cfg.svg):
+            state = tokenizer.pieces(x[0].tolist()), certainty[0].tolist()
+            if watch:
+                show(film[-1] if film else state, state)
+            film[-(-i // every):] = [state]
+    for n, row in enumerate(x.tolist(), done):
+        print(("-" * 80 + "\n" if n else "") + tokenizer.decode(row), flush=True)
 bar.close()
-seconds, written = bar.format_dict["elapsed"], done * known.count(False)
-print(f"{written} tokens in {bar.n} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s"
-      + interrupted * "; interrupted: the last samples are not done", file=sys.stderr)
-if cfg.svg and film:
+seconds, written = bar.format_dict["elapsed"], cfg.num_samples * known.count(False)
+print(f"{written} tokens in {bar.n} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s",
+      file=sys.stderr)
+if cfg.svg:
     with open(cfg.svg, "w", encoding="utf-8") as f:
         f.write(animation(film))

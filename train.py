@@ -8,7 +8,6 @@
 What a step computes doesn't depend on the number of processes, and no random state needs to be saved:
 micro-batch m of step s draws its crops, noise and dropout from generators seeded with (seed, s, m).
 """
-import contextlib
 import copy
 import gc
 import math
@@ -50,22 +49,12 @@ if A % world:
     fail(f"gradient_accumulation_steps is {A}: it must be a multiple of the {world} processes")
 
 # ---- processes: alone, or one of many under torchrun
-on_cuda, signals = "cuda" in cfg.device, []             # signals: those that came
+on_cuda, signals = "cuda" in cfg.device, []             # signals: Ctrl-C, a scheduler's, a closed terminal's
 if world > 1:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-
-
-def note(number, _):
-    """Only notes that a signal came: Ctrl-C, SIGTERM from a scheduler, SIGHUP from a terminal that closes."""
-    with contextlib.suppress(OSError):                  # of a terminal that is gone
-        if master and not signals:
-            os.write(2, b"\nstopping after this step; a long one is left, and done again when resuming\n")
-    signals.append(number)
-
-
 for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT):  # Windows lacks SIGHUP
     if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores it, and so do we
-        signal.signal(number, note)
+        signal.signal(number, lambda *_: signals.append(1))     # a plain list: safe at any moment
 
 
 def total(tensor):
@@ -88,7 +77,7 @@ def share(n):
 if cfg.dataset == "shakespeare" and master and not os.path.exists("data/shakespeare"):
     prepare_shakespeare.prepare()
 total(torch.zeros(1))                                   # the others wait for that
-meta, splits = load_data(cfg.dataset, T, look=master)
+meta, splits = load_data(cfg.dataset, T)
 tokenizer, n_ids = Tokenizer(meta), meta["vocab_size"]  # n_ids is V, if that isn't padded
 
 
@@ -192,8 +181,6 @@ elif master:
         open(log_path, "a").close()
     except OSError as e:
         fail(f"{cfg.out_dir} can't be written to: {e.strerror}")
-    if step == measured >= cfg.max_iters:
-        say(f"step {step} of {cfg.max_iters} is done: pass a larger --max_iters to go on")
 losses = []                              # of the micro-batches since the last look, on the device
 bar = tqdm(initial=step, total=cfg.max_iters, unit="step", disable=not master or cfg.eval_only)
 try:
