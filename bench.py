@@ -21,7 +21,8 @@ from data import Tokenizer, crops, load_data
 from diffusion import Embed, Masked, times
 from optim import configure_optimizers, update
 
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}     # TFLOP/s bf16
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "A10": 125,
+         "L40S": 362, "L4": 121, "5090": 209, "4090": 165, "3090": 71}  # dense TFLOP/s in bfloat16
 
 
 class Causal(Masked):
@@ -97,8 +98,8 @@ for name in [*trainers] * 9:                                # in turns, for fair
 print(f"{'':12}{'ms/step':>9}{'quartiles':>17}{'tokens/s':>12}{'GFLOP/token':>13}{'GiB':>7}   TFLOP/s (MFU)")
 for name in trainers:
     low, middle, high = np.quantile(seconds[name], (0.25, 0.5, 0.75))
-    speed, peak = A * B * T / middle, [peak for part, peak in PEAKS.items() if part in chip]
-    done = speed * work[name] / 1e12
+    speed, words = A * B * T / middle, chip.replace("-", " ") + " "     # NVIDIA A100-SXM4-80GB
+    done, peak = speed * work[name] / 1e12, [peak for part, peak in PEAKS.items() if f"{part} " in words]
     mfu = f" ({done / peak[0]:.1%})" if peak and cfg.dtype == "bfloat16" else ""
     print(f"{name:12}{1e3 * middle:9.1f}{1e3 * low:8.1f}-{1e3 * high:<8.1f}{speed:12,.0f}"
           f"{work[name] / 1e9:13.3f}{used[name] / 2 ** 30:7.2f}{done:10.3f}{mfu}")

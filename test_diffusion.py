@@ -32,6 +32,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import optim
 from config import Config, SampleConfig, load
@@ -40,6 +43,7 @@ from diffusion import ORDERS, PROCESSES, SCHEDULES, draw, load_model, probabilit
 from pictures import animation
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+aten = torch.ops.aten
 TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 8, "dtype": "float32",
         "device": "cpu"}
 torch.set_num_threads(1)                    # models this small: more threads only wait for each other,
@@ -305,6 +309,86 @@ def test_network_sees_all_positions_and_the_time_and_drops_in_training_only():
     net = build("masked", 11, dropout=0.5).net
     stir(net)
     assert torch.equal(net(x, t), net(x, t)) and not torch.equal(net.train()(x, t), net(x, t))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GPUs, without one: tensors that say they are elsewhere, and what torch.compile makes of a step
+
+class Elsewhere(torch.Tensor):
+    """Says that it is on another device ("meta"), and keeps its numbers on the CPU."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        new = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype,
+                                                  device="meta")
+        new.inner = inner
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, function, *_):
+        raise AssertionError(f"{function} outside of Watch")
+
+
+class Watch(TorchDispatchMode):
+    """Computes with what is Elsewhere; raises where both devices meet; notes what makes the host wait."""
+
+    WAITS = aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind, leaves, target = function.overloadpacket, tree_leaves((args, kwargs)), (kwargs or {}).get("device")
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        there = any(isinstance(x, Elsewhere) for x in tensors)
+        here = any(not isinstance(x, Elsewhere) and x.dim() > 0 for x in tensors)
+        assert not (there and here) or kind == aten.copy_, f"{function} mixes devices"
+        if kind in self.WAITS or there and (here or str(target) == "cpu") or kind == aten.index and any(
+                x is not None and x.dtype == torch.bool for x in args[1]):
+            self.waits += 1
+        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs or {}))
+        out = function(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+        stays = str(target) == "meta" or there and str(target) != "cpu"
+        return tree_map(lambda x: Elsewhere(x) if stays and isinstance(x, torch.Tensor) else x, out)
+
+    def __enter__(self):
+        self.waits = 0
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("process, waits, settings", [
+    ("masked", 1, [({}, 9), ({"guidance": 1.0}, 9), ({"top_p": 0.5, "noise": 0.5}, 9),
+                   ({"order": "margin"}, 17), ({"threshold": 0.9}, 17), ({"remask": 0.1, "top_k": 3}, 8)]),
+    ("embed", 0, [({}, 1), ({"guidance": 1.0}, 1), ({"eta": 0.5, "top_k": 3}, 1), ({"noise": 0.5}, 1)])])
+def test_nothing_mixes_devices_and_the_host_waits_as_seldom_as_it_can(process, waits, settings, monkeypatch):
+    tensor = torch.tensor                                   # it makes a meta tensor without asking
+    monkeypatch.setattr(torch, "tensor", lambda data, device=None: tensor(data).to(device or "cpu"))
+    model, here = build(process, 11), data_and_times()
+    with Watch() as watch:
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(Elsewhere(p.data)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, Elsewhere(buffer))
+        x0, t, known = map(Elsewhere, (*here, torch.rand(8, 32) < 0.5))
+        model(x0, t).backward()
+        assert watch.waits == waits and all(p.grad is not None for p in model.parameters())
+        for method in model.nelbo, model.measures:
+            watch.waits = 0
+            method(x0, t)
+            assert watch.waits == waits
+        for setting, waits_of_a_sample in settings:
+            watch.waits = 0
+            *_, (tokens, certainty) = model.sample(x0, known, 4, **setting)
+            assert isinstance(tokens, Elsewhere) and isinstance(certainty, Elsewhere)
+            assert watch.waits == waits_of_a_sample, setting
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_compiled_step_is_one_graph_and_stays_it(process):
+    model, counter = build(process, 11, dropout=0.1).train(), CompileCounter()
+    model.compile(backend=counter, fullgraph=True)          # raises where the graph would break
+    for step in range(3):
+        x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(step), 1, 8)[0]
+        model(x0, t).backward()
+    assert counter.frame_count == 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,21 +6,21 @@
 # Steps, micro-batches and length as in config/owt_masked.py, so that the two bounds compare.
 #
 # embed_dim: 50,257 random embeddings, seen alone at the clean end, leave .037 nats in 8 dimensions and .0000
-# in 16 or more; one nat of logsnr below it, .480 (8), .008 (16) and .0001 (32) 
-# (results/history.md). So 16 is enough for the bound, and 32 leaves a margin for embeddings that
-# training moves together.
+# in 16 or more; one nat of logsnr below it, .480 (8), .008 (16) and .0001 (32) (results/history.md). So 16 is enough
+# for the bound, and 32 leaves a margin for embeddings that training moves together.
 #
 # By arithmetic, none of it measured yet (bench.py measures):
 # - work: 1,090 MFLOP a token (the head at every position, a second look at 3/4 of the rows), 1.1e20 in all.
 #   At 40 % of the 989 TFLOP/s of an H100 or H200: 3.1 days on one, 1.0 on 3, 0.4 on 8.
 # - memory: weights, gradients and average 1.5 GB, momenta 0.7 GB, DDP's copy of the gradients 0.5 GB; about
-#   0.7 GB for each sequence of a micro-batch (the logits in float32 are 0.2): 6 GB with micro-batches of 4.
+#   0.9 GB for each sequence of a micro-batch (the logits in float32 are 0.2): 17.6 GB with micro-batches of
+#   16, 6.6 with 4.
 out_dir = "out-owt-embed"
 dataset = "openwebtext"
 process = "embed"
 embed_dim = 32
-batch_size = 4
-gradient_accumulation_steps = 120
+batch_size = 16
+gradient_accumulation_steps = 30
 block_size = 1024
 n_layer = 12
 n_head = 12

@@ -5,9 +5,9 @@
 #     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py config/owt_masked.py \
 #         --gradient_accumulation_steps=48 --batch_size=10                # and node_rank 1 on the other one
 #
-# A step is 480 sequences x 1,024 tokens = 491,520 tokens, in 120 micro-batches, which divide over 1, 2, 3, 4,
-# 5, 6, 8, 10 and 12 GPUs. Fewer, larger micro-batches of the same 480 sequences are faster where memory
-# allows: --batch_size=16 --gradient_accumulation_steps=30 on 1, 2 or 3 GPUs, 20 and 24 on 8.
+# A step is 480 sequences x 1,024 tokens = 491,520 tokens, in 30 micro-batches, which divide over 1, 2, 3, 5,
+# 6 and 10 GPUs. The same 480 sequences on 4 or 8 GPUs: --batch_size=12 --gradient_accumulation_steps=40; with
+# less memory: --batch_size=4 --gradient_accumulation_steps=120.
 # Length: 200,000 steps = 98 G tokens = 11 epochs of 9.0 G tokens.
 #
 # By arithmetic, none of it measured yet (bench.py measures):
@@ -15,12 +15,12 @@
 #   0.7 on 3, 0.3 on 8. An A100 takes 3.2 times as long.
 # - learning rates: those of the small models in results/history.md, not tuned at this size.
 # - memory: weights, gradients and average 1.5 GB, momenta 0.7 GB, DDP's copy of the gradients 0.5 GB; about
-#   0.4 GB of activations for each sequence of a micro-batch: 4 GB with micro-batches of 4, 9 with 16.
+#   0.6 GB of activations for each sequence of a micro-batch: 13 GB with micro-batches of 16, 5.4 with 4.
 out_dir = "out-owt-masked"
 dataset = "openwebtext"
 process = "masked"
-batch_size = 4
-gradient_accumulation_steps = 120
+batch_size = 16
+gradient_accumulation_steps = 30
 block_size = 1024
 n_layer = 12
 n_head = 12
