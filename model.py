@@ -43,8 +43,7 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         C = cfg.n_embd
-        self.n_head = cfg.n_head
-        self.dropout = cfg.dropout
+        self.n_head, self.dropout = cfg.n_head, cfg.dropout
         self.qkv = Linear(C, 3 * C)
         self.proj = Linear(C, C, zero=True)
         self.up = Linear(C, 4 * C)

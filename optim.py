@@ -47,8 +47,7 @@ def configure_optimizers(model, cfg):
 @torch.no_grad()
 def update(model, ema, optimizers, grad_clip, keep):
     """Clips the gradients (0: not), steps, clears them; then ema moves to model, but for the share keep."""
-    if grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()

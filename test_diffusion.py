@@ -237,6 +237,11 @@ def test_times_are_stratified_over_the_whole_step_and_crops_cover_the_split():
     assert all((row.sort().values.diff() < 2 / 4 + 1e-3).all() for row in t)
     mean = torch.stack([times(np.random.default_rng(i), 2, 4) for i in range(4000)])
     assert abs(mean.mean() - 0.5) < 1e-3 and abs(mean.var() - 1 / 12) < 2e-3    # each time is uniform
+    bell = torch.stack([times(np.random.default_rng(i), 2, 4, bell=True) for i in range(4000)])
+    assert (bell[..., :2] + bell[..., 2:] == 1).all() and 0 < bell.min() and bell.max() < 1
+    for x in 0.1, 0.3, 0.5, 0.8:                            # or normal, within five standard deviations
+        low, share = torch.special.ndtr(torch.tensor([-2.5, (x - 0.5) / 0.2]))
+        assert abs((bell < x).float().mean() - (share - low) / (1 - 2 * low)) < 0.005
     x = crops(np.arange(40, dtype=np.uint16), np.random.default_rng(0), 500, 8)
     assert x.dtype == torch.int64 and x.min() == 0 and x.max() == 39 and (x.diff() == 1).all()
 
@@ -1305,6 +1310,10 @@ def test_byte_pairs_train_and_padding_is_never_sampled(owt, process, capsys):
     assert process == "embed" or (x.max() > 45_000 and len(x.unique()) > 200)
     script("sample.py", "--text=The {3} of", "--num_samples=2", "--steps=2")
     assert capsys.readouterr().out.count("The") == 2
+
+
+def test_ablations_change_what_is_there():
+    assert "is none of [('masked', 'as it is')" in refused("results/ablations.py", "masked", "no such variant")
 
 
 def test_bench_measures_both_processes_beside_a_gpt(here, monkeypatch, capsys):

@@ -201,7 +201,7 @@ try:
         warm, decay = (step + 1) / max(1, cfg.warmup_iters), (cfg.max_iters - step) / (0.6 * cfg.max_iters)
         for optimizer, lr in zip(optimizers, (cfg.learning_rate, cfg.adam_lr)):
             optimizer.param_groups[0]["lr"] = lr * min(1, warm, decay)
-        t = times(np.random.default_rng((1, cfg.seed, step)), A, B)             # (A, B)
+        t = times(np.random.default_rng((1, cfg.seed, step)), A, B, bell=True)  # (A, B)
         for m in share(A):
             net.require_backward_grad_sync = m + world >= A                     # DDP sums up in the last one
             loss = net(*batch("train", t[m], cfg.seed, step, m))

@@ -23,6 +23,7 @@ VARIANTS = {
     "masked": {
         "as it is": {},
         "on the bound": ON_THE_BOUND,                   # a masked token weighs 1/k
+        "uniform times": {"    if bell: ": "    if False: "},
         "separate head": OWN_HEAD | {DRAWN: "self.head = Linear(cfg.n_embd, V)"},
         "coins": {      # in training: an independent time for each row, and a coin for each token
             "        return x0.masked_fill(":
@@ -40,6 +41,7 @@ VARIANTS = {
             'blind = order == "random" and threshold == 1': "blind = False"}},
     "embed": {
         "as it is": {},
+        "uniform times": {"    if bell: ": "    if False: "},
         "no second look": {".detach() if sc is None else sc": ".detach()"},     # also in bound and samples
         "second look at half": {"row = row + row // 3 + 1": "row = 2 * row[:B // 2] + 1"},
         "hidden 0": {"HIDDEN_SHARE = 0.1": "HIDDEN_SHARE = 0.0"},
@@ -59,10 +61,12 @@ def changed(file, changes):
 
 
 process, name, *flags = sys.argv[1:]
-if name not in VARIANTS.get(process, {}):
-    sys.exit(f"error: {process} {name!r} is none of {[(key, *values) for key, values in VARIANTS.items()]}")
+training = changed("train.py", {"    nelbo, se = total(": "    global nelbo, se\n    nelbo, se = total("})
+codes = {(kind, key): changed("diffusion.py", changes) for kind in VARIANTS for key, changes in VARIANTS[kind].items()}
+if (process, name) not in codes:
+    sys.exit(f"error: {process} {name!r} is none of {[*codes]}")
 sys.modules["diffusion"] = types.ModuleType("diffusion")
-exec(changed("diffusion.py", VARIANTS[process][name]), vars(sys.modules["diffusion"]))  # noqa: S102 (our own)
+exec(codes[process, name], vars(sys.modules["diffusion"]))  # noqa: S102 (our own)
 from judge import Judge
 from samplers import measure
 
@@ -74,7 +78,7 @@ if name == "causal GPT":
 train = {"__name__": "__main__"}
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["train.py", f"--process={process}", "--eval_interval=1000000", f"--out_dir={folder}", *flags]
-    exec(changed("train.py", {"    nelbo, se = total(": "    global nelbo, se\n    nelbo, se = total("}), train)  # noqa: S102
+    exec(training, train)  # noqa: S102
 row = f"ROW {process}, {name} {' '.join(flags)}: bound {train['nelbo']:.4f} ± {train['se']:.4f}"
 judge = Judge(f"data/{train['cfg'].dataset}")
 for steps in (32, 128) if name != "causal GPT" else (train["T"],):
