@@ -59,7 +59,7 @@ def load_data(dataset, block_size):
                 fail(f"{path} has {size} bytes, not two for each of the {n} tokens: copy or prepare it anew")
             if n < block_size:
                 fail(f"{path} has {n} tokens, fewer than block_size {block_size}: lower it or add text")
-            splits[split] = bin = np.memmap(path, np.uint16, "r")               # may be far larger than memory
+            splits[split] = bin = np.memmap(path, np.uint16, "r")              # may be far larger than memory
             if (top := max(bin[:10 ** 7].max(), bin[-10 ** 7:].max())) >= V:    # so a look at the ends
                 fail(f"{path} holds the id {top}, beyond the vocabulary of {V}: prepare it again")
         return meta, splits
@@ -74,7 +74,7 @@ def crops(tokens, rng, B, T):
 
 
 def replace_file(path, write):
-    """write(file) fills a temporary file, which takes the name then: there's the old one or the new, whole."""
+    """write(file) fills a temporary file, which then takes the name: there is the old one or the new."""
     with open(f"{path}.tmp", "wb") as file:
         write(file)
     os.replace(f"{path}.tmp", path)

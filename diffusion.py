@@ -31,8 +31,8 @@ ORDERS = {          # which [MASK]s go first: those with the highest value (K,) 
 def times(rng, n_micro, B, bell=False):
     """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset. Rows i and
     i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so each is
-    spread by itself. All are odd multiples of 2^-23: exact in float32, and t T is never whole. For training
-    with bell: normal around .5, since nearly clean and nearly destroyed text teach less (arXiv:2605.13026)."""
+    spread by itself. All are odd multiples of 2^-23: exact in float32, and t T is never whole. With bell, for
+    training, normal around .5: nearly clean and nearly destroyed text teach less (arXiv:2605.13026)."""
     n_pairs = n_micro * B // 2
     t = (rng.random() + torch.arange(n_pairs, dtype=torch.float64) / n_pairs) % 1
     if bell:        # .5 + .2 z within [0, 1], by the inverse distribution function; P(z < -2.5) = .00621
@@ -182,11 +182,9 @@ class Masked(nn.Module):
 
 class Embed(nn.Module):
     """Gaussian noise on embeddings: xt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
-
     The network answers with a distribution over tokens (CDCD, arXiv:2211.15089) and learns by cross-entropy.
     E's rows, of width D, have length sqrt(D): they can neither shrink together nor run away. Equal pieces of
-    t carry about equal parts of the bound: the schedule was fitted to what characters and byte pairs cost.
-    """
+    t carry about equal parts of the bound: the schedule was fitted to what characters and byte pairs cost."""
     ENDS = 5.5, -6.0        # log D + logsnr at t = 0 and t = 1
     CURVE = 4, 3.5          # of the schedule in between: c / log V and a; h nats are decided around x = 2 h
     KNOWN_SHARE = 1 / 8     # of training rows, of which a part is known
@@ -243,10 +241,10 @@ class Embed(nn.Module):
         return (p @ self.table().to(p.dtype)).float()
 
     def denoise(self, xt, t, sc=None, known=None):
-        """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,): what the context tells, from
-        the network, is added to the exact posterior of the token alone. sc (B, T, D) is an earlier estimate
-        of the embeddings (self-conditioning, arXiv:2208.04202), by default that of each token alone. Where
-        known (B, T) is True, xt holds the embedding itself, without noise."""
+        """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,): what the context tells,
+        from the network, is added to the exact posterior of the token alone. sc (B, T, D) is an earlier
+        estimate of the embeddings (self-conditioning, arXiv:2208.04202), by default that of each token alone.
+        Where known (B, T) is True, xt holds the embedding itself, without noise."""
         alone = self.alone(xt, t, known)
         sc = self.estimate(alone).detach() if sc is None else sc
         # the network normalises its input: without a vector that is always there, it couldn't see how long,
@@ -262,8 +260,7 @@ class Embed(nn.Module):
         place[::2] = torch.arange(T, device=device) / T
         known = (place < share) & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE)
         xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
-        # some tokens are hidden: of them the network must say what the context tells, which is its part
-        # of the logits everywhere
+        # some are hidden: of them the network must say what the context tells, its part of all logits
         hidden = ~known & (torch.rand(B, T, device=device) < self.HIDDEN_SHARE)
         xt = xt.masked_fill(hidden[..., None], 0)
         # each fourth row gets the estimate of each token alone, the others a better one: their own

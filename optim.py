@@ -15,10 +15,8 @@ def orthogonalise(G):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
-
     Not torch.optim.Muon, which always rounds to bfloat16: in float32, gradients that differ in the last bit,
-    as sums over 1 and 4 processes do, give weights that differ in the last bits. A shape's go at once.
-    """
+    as sums over 1 and 4 processes do, give weights that differ in the last bits. A shape's go at once."""
 
     @torch.no_grad()
     def step(self):

@@ -340,8 +340,8 @@ class Watch(TorchDispatchMode):
     WAITS = aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kind, leaves, target = function.overloadpacket, tree_leaves((args, kwargs)), (kwargs or {}).get("device")
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        kind, target = function.overloadpacket, (kwargs or {}).get("device")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         there = any(isinstance(x, Elsewhere) for x in tensors)
         here = any(not isinstance(x, Elsewhere) and x.dim() > 0 for x in tensors)
         assert not (there and here) or kind == aten.copy_, f"{function} mixes devices"
@@ -1313,7 +1313,7 @@ def test_byte_pairs_train_and_padding_is_never_sampled(owt, process, capsys):
 
 
 def test_ablations_change_what_is_there():
-    assert "is none of [('masked', 'as it is')" in refused("results/ablations.py", "masked", "no such variant")
+    assert "is none of [('masked', 'as it is')" in refused("results/ablations.py", "masked", "no such one")
 
 
 def test_bench_measures_both_processes_beside_a_gpt(here, monkeypatch, capsys):

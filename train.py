@@ -174,8 +174,7 @@ def evaluate(train_loss):
 if cfg.eval_only:
     cfg.max_iters, measured = step, None                # no step, but the evaluation
 elif master:
-    epochs = cfg.max_iters * A * B * T / n_train
-    say(f"{cfg.max_iters:,} steps of {A * B * T:,} tokens = {epochs:.1f} epochs; checkpoints: {cfg.out_dir}")
+    say(f"{cfg.max_iters:,} steps of {A * B * T:,} tokens = {cfg.max_iters * A * B * T / n_train:.1f} epochs")
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
         open(log_path, "a").close()

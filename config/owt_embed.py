@@ -6,8 +6,8 @@
 # Steps, micro-batches and length as in config/owt_masked.py, so that the two bounds compare.
 #
 # embed_dim: 50,257 random embeddings, seen alone at the clean end, leave .037 nats in 8 dimensions and .0000
-# in 16 or more; one nat of logsnr below it, .480 (8), .008 (16) and .0001 (32) (results/history.md). So 16 is enough
-# for the bound, and 32 leaves a margin for embeddings that training moves together.
+# in 16 or more; one nat of logsnr below it, .480 (8), .008 (16) and .0001 (32) (results/history.md). So 16
+# is enough for the bound, and 32 leaves a margin for embeddings that training moves together.
 #
 # By arithmetic, none of it measured yet (bench.py measures):
 # - work: 1,090 MFLOP a token (the head at every position, a second look at 3/4 of the rows), 1.1e20 in all.

@@ -1,7 +1,6 @@
 """Trains with one thing changed, through train.py as it is; prints a row of bound and judge.py's measures.
 
-    python results/ablations.py embed "no second look" --max_iters=800 --eval_iters=256 --seed=1
-    python results/ablations.py masked "causal GPT" --max_iters=800 --eval_iters=128
+    python results/ablations.py masked "causal GPT" --max_iters=800 --eval_iters=128 --seed=1
     python results/ablations.py embed "first order" --init_from=out-embed/model.pt --eval_only=True
 
 Process, variant (one of VARIANTS below), flags of train.py; the last line measures a trained model. A variant
@@ -62,7 +61,8 @@ def changed(file, changes):
 
 process, name, *flags = sys.argv[1:]
 training = changed("train.py", {"    nelbo, se = total(": "    global nelbo, se\n    nelbo, se = total("})
-codes = {(kind, key): changed("diffusion.py", changes) for kind in VARIANTS for key, changes in VARIANTS[kind].items()}
+codes = {(kind, key): changed("diffusion.py", variants[key]) for kind, variants in VARIANTS.items()
+         for key in variants}
 if (process, name) not in codes:
     sys.exit(f"error: {process} {name!r} is none of {[*codes]}")
 sys.modules["diffusion"] = types.ModuleType("diffusion")

@@ -1,6 +1,6 @@
-"""What a first GPU shows: each result is printed and appended to results/gpu.md, whatever became of the others.
+"""What a first GPU shows: each result is printed and appended to results/gpu.md, whatever becomes of others.
 
-    python results/gpu.py 30                    # minutes, of which two thirds train; about ten more for the rest
+    python results/gpu.py 30                    # minutes, of which two thirds train; ten more for the rest
     python results/gpu.py 1 --device=cpu --n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2
 
 Flags go to every train.py and bench.py. Another device draws other noise: losses agree but for that.
@@ -52,9 +52,9 @@ for process in "masked", "embed":
     few, many = (train(path, f"--max_iters={n}", "--eval_interval=9999")[1] for n in (20, 120))
     steps = min(20_000, int(minutes / 3 * 60 * 100 / max(many - few, 0.1)))
     say(f"\n{path}, {10 * (many - few):.1f} ms a step\n" + train(path, f"--max_iters={steps}")[0])
-cfg = hardware(load(Config, [*flags, "--dtype=float32", "--block_size=65"]))        # no multiple of 8: attention
-model, xt, t = Embed(cfg, 65), torch.randn(4, 65, cfg.embed_dim), torch.rand(4)     # has another kernel for it
+cfg = hardware(load(Config, [*flags, "--dtype=float32", "--block_size=65"]))    # another kernel: no multiple
+model, xt, t = Embed(cfg, 65), torch.randn(4, 65, cfg.embed_dim), torch.rand(4)     # of 8
 for p in model.parameters():
     torch.nn.init.normal_(p, std=0.1)
 cpu, device = (model.to(x).denoise(xt.to(x), t.to(x)).detach().cpu() for x in ("cpu", cfg.device))
-say(f"- {(cpu - device).abs().max():.1e} between logits of 65 tokens on CPU and {cfg.device}, s.d. {cpu.std():.2f}")
+say(f"- 65 tokens: {(cpu - device).abs().max():.1e} between logits on CPU and {cfg.device}, s.d. {cpu.std():.1f}")
