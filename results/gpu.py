@@ -57,4 +57,4 @@ model, xt, t = Embed(cfg, 65), torch.randn(4, 65, cfg.embed_dim), torch.rand(4) 
 for p in model.parameters():
     torch.nn.init.normal_(p, std=0.1)
 cpu, device = (model.to(x).denoise(xt.to(x), t.to(x)).detach().cpu() for x in ("cpu", cfg.device))
-say(f"- 65 tokens: {(cpu - device).abs().max():.1e} between logits on CPU and {cfg.device}, s.d. {cpu.std():.1f}")
+say(f"- 65 tokens: {(cpu - device).abs().max():.1e} between logits on CPU and {cfg.device} ({cpu.std():.1f})")
