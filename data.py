@@ -1,6 +1,8 @@
 """Tokens and checkpoints on disk: data/<dataset>/ holds train.bin and val.bin (uint16) and meta.json."""
 import codecs
+import gzip
 import json
+import lzma
 import os
 import pickle
 from pathlib import Path
@@ -71,6 +73,12 @@ def crops(tokens, rng, B, T):
     """(B, T) int64: B random stretches of T tokens."""
     starts = rng.integers(0, len(tokens) - T + 1, B)
     return torch.from_numpy(np.stack([tokens[i:i + T] for i in starts]).astype(np.int64))
+
+
+def unpacked(path, stream=None):
+    """A file to read bytes from, or in its place a stream, unpacked where path ends in .xz or .gz."""
+    unpack = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1].lower())
+    return unpack(stream or path) if unpack else stream or open(path, "rb")
 
 
 def replace_file(path, write):

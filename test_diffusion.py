@@ -4,7 +4,6 @@
 """
 import contextlib
 import fcntl
-import functools
 import glob
 import gzip
 import hashlib
@@ -24,6 +23,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import urllib.request
 from pydoc_data.topics import topics
 from xml.etree import ElementTree
@@ -611,18 +611,16 @@ def here(text_dir):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, with data/ of every kind; one of them is being prepared."""
+    """An empty folder to work in, with data/ of several kinds; busy is being prepared."""
     monkeypatch.chdir(tmp_path)
-    put({"abc.txt": "some text to learn", "data/file": "", "data/busy/x": "", "empty.txt": "",
+    put({"abc.txt": "some text to learn", "empty.txt": "", "data/file": "", "data/torn/progress.json": "{",
+         **{f"data/{name}.bin": b"\0\0" for name in ("busy/train", "busy/val", "torn/train", "torn/val")},
          "data/gpt2/train.bin": b"\0\0", "data/gpt2/val.bin": b"\0\0",
-         "data/gpt2/meta.json": json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "source": "s",
-                                            "train_tokens": 1, "val_tokens": 1}),
-         "data/dl/progress.json": '{"tokenizer": "gpt2"}', "data/torn/progress.json": '{"tokenizer": "gp'})
+         "data/gpt2/meta.json": '{"vocab_size": 50257, "source": "s", "train_tokens": 1, "val_tokens": 1}'})
     script("prepare_shakespeare.py", "--input", "abc.txt", "--dataset", "abc")
-    lock = os.open("data/busy", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield tmp_path
-    os.close(lock)
+    with open("data/busy/train.bin") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path
 
 
 TEXT = "Grüße, 世界!\r\n" * 50
@@ -632,20 +630,28 @@ TEXT = "Grüße, 世界!\r\n" * 50
     ("t.txt", TEXT.encode(), [], 540), ("t.txt", TEXT.encode("utf-8-sig"), [], 540),
     ("t.GZ", gzip.compress(TEXT.encode()), [], 540), ("t.xz", lzma.compress(TEXT.encode()), [], 540),
     ("t.txt", TEXT.encode(), ["--val", "val.txt"], 600), ("t.txt", TEXT.encode(), ["--like", "wide"], 540)])
-def test_characters_are_written_as_they_are(folder, monkeypatch, name, content, argv, cut):
+def test_characters_are_written_as_they_are(folder, name, content, argv, cut):
     put({name: content, "val.txt": "\ufeff世ü", "wide.txt": f"{TEXT}xyz"})
     script("prepare_shakespeare.py", "--input", "wide.txt", "--dataset", "wide")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))    # a poor terminal
     script("prepare_shakespeare.py", "--input", name, "--dataset", "mine", *argv)
-    sys.stdout.flush()
-    assert f"characters of {name}".encode() in sys.stdout.buffer.getvalue()
     meta = json.loads((folder / "data/mine/meta.json").read_text())
     train, val = (np.fromfile(f"data/mine/{split}.bin", np.uint16).tolist() for split in ("train", "val"))
     assert Tokenizer(meta).decode(train) == TEXT[:cut]
     assert Tokenizer(meta).decode(val) == ("世ü" if "--val" in argv else TEXT[cut:])
-    assert (meta["train_tokens"], meta["val_tokens"], meta["source"]) == (cut, len(val), name)
-    assert meta["chars"] == "".join(sorted(set(TEXT + "xyz" * ("--like" in argv))))
-    assert meta["vocab_size"] == len(meta["chars"])
+    chars = "".join(sorted(set(TEXT + "xyz" * ("--like" in argv))))
+    assert meta == {"chars": chars, "vocab_size": len(chars), "source": name, "train_tokens": cut,
+                    "val_tokens": len(val)}
+
+
+def interrupt(at, replace=os.replace):
+    """An os.replace that is interrupted at a call of that number, or of that file."""
+    calls = itertools.count(1)
+
+    def stopping(source, target):
+        if at in (next(calls), os.path.basename(target)):
+            raise KeyboardInterrupt
+        replace(source, target)
+    return stopping
 
 
 def test_tiny_shakespeare_or_the_text_inside_python(folder, monkeypatch, capsys):
@@ -654,6 +660,9 @@ def test_tiny_shakespeare_or_the_text_inside_python(folder, monkeypatch, capsys)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: os.listdir("no network"))
     script("prepare_shakespeare.py")
     assert re.search(r"can't be downloaded \((.|\n)*of the Python reference", capsys.readouterr().out)
+    monkeypatch.setattr(os, "replace", interrupt(2))        # half of it is new: nobody may take it for whole
+    assert "KeyboardInterrupt" in refused("prepare_shakespeare.py", "--input", "abc.txt")
+    assert not os.path.exists("data/shakespeare/meta.json")
 
 
 DOCUMENTS = [re.sub("\n\n\n+", "\n\n", topics[name][:1500]).strip() for name in sorted(topics)[:40]] + [
@@ -689,13 +698,14 @@ def gpt2():
 
 
 @pytest.fixture
-def owt(folder, gpt2, monkeypatch):
-    """prepare_openwebtext, a third for validation and its journal kept after each file; docs.tar."""
-    import prepare_openwebtext as module
-    monkeypatch.setattr(module, "prepare", functools.partial(module.prepare, val_share=0.3))
-    monkeypatch.setattr(module, "KEEP_SECONDS", 0)
+def owt(folder, gpt2):
+    """prepare() runs prepare_openwebtext.py with a third for validation; docs.tar."""
+    def prepare(dataset, inputs=(), *argv):
+        argv = ["--val_share=.3", "--dataset", dataset, *argv] + (["--input", *inputs] if inputs else [])
+        script("prepare_openwebtext.py", *argv)
+
     put({"docs.tar": ARCHIVE})
-    return module
+    return types.SimpleNamespace(prepare=prepare)
 
 
 def bins(dataset):
@@ -708,7 +718,6 @@ def bins(dataset):
         assert tokens[-1] == 50256 and meta[f"{split}_tokens"] == len(tokens)
         ends = [i for i, token in enumerate(tokens) if token == 50256]
         found[split] = [tokenizer.decode(tokens[i + 1:j]) for i, j in itertools.pairwise([-1, *ends])]
-        assert len(found[split]) == meta[f"{split}_documents"]
     assert sorted(os.listdir(f"data/{dataset}")) == ["meta.json", "train.bin", "val.bin"]
     return found
 
@@ -724,88 +733,84 @@ def test_documents_of_every_kind_become_the_same_tokens(owt, name, content):
     put({name: content})
     owt.prepare("x", [name])
     found = bins("x")
-    assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS) and len(found["val"]) > 3
-    assert set(found["val"]) == {
-        text for text in DOCUMENTS
-        if int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) < 0.3 * 2 ** 64}
+    assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS)
+    chosen = [text for text in DOCUMENTS
+              if int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) < 0.3 * 2 ** 64]
+    assert DOCUMENTS[0] not in chosen and len(chosen) > 3
+    assert sorted(found["val"]) == sorted([DOCUMENTS[0], *chosen])              # the first goes there, too
 
 
-def test_folders_are_read_once_without_what_is_held_out(owt, monkeypatch, capsys):
+def test_folders_are_read_once_without_what_is_held_out(owt, capsys):
     put({"in/a.TXT": "first", "in/deep/b.jsonl": '{"content": "second"}', "in/LICENSE": "",
-         "in/._c.txt": b"\xff", "in/d.parquet": "", "in/e.Parquet": "", "held.txt": "held out",
-         "else/f.txt": "third"})
+         "in/._c.txt": b"\xff", "in/d.parquet": "", "held.txt": "held out",
+         "else/f.tar": tar("w", {"f.txt": b"third\n\n\n\nof them"})})
     for name, target in ("linked", "../else"), ("no.txt", "no"), ("deep/up", ".."), ("h.txt", "../held.txt"):
         os.symlink(target, f"in/{name}")
-    owt.prepare("x", ["in", "in/a.TXT", "in"], ["held.txt"], field="content")
-    assert bins("x") == {"train": ["first", "second", "third"], "val": ["held out"]}
-    assert re.search("LEFT OUT.* 1 of no ending, 2 of .parquet", capsys.readouterr().out)
-    monkeypatch.setattr(owt, "LONGEST", 30)             # a document larger than memory comes in pieces
-    put({"long.txt": "\n<|endoftext|>\n".join(["0123456789 123456789\n" * 9, "0123456789" * 20, "end"])})
-    owt.prepare("x", ["long.txt"], val_share=0)         # and the last is for validation, if none is
-    found = bins("x")
-    assert found["val"] == ["end"] and max(map(len, found["train"])) < 70
-    assert re.sub(r"\s", "", "".join(found["train"])) == "0123456789123456789" * 9 + "0123456789" * 20
+    owt.prepare("x", ["in", "in/a.TXT", "in"], "--val", "held.txt", "--field=content")
+    assert bins("x") == {"train": ["first", "second", "third\n\n\n\nof them"], "val": ["held out"]}
+    assert re.search(r"LEFT OUT in in.* \d+ files", capsys.readouterr().out)
+    put({"long.txt": BREAK.join([f"{'a line of text ' * 9}\n" * 9000, "words " * 200_000, "end"])})
+    owt.prepare("y", ["long.txt"], "--val", "held.txt")     # documents larger than memory come in pieces
+    *pieces, end = bins("y")["train"]
+    assert len(pieces) == 4 and max(map(len, pieces)) < 2 ** 20 + 200 and end == "end"
+    assert re.sub(r"\s", "", "".join(pieces)) == "alineoftext" * 81_000 + "words" * 200_000
 
 
 def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch):
     put({f"in/{i:02}.txt": text for i, text in enumerate(DOCUMENTS)})
-    with monkeypatch.context() as patch:                    # the journal: every two seconds, of constant size
-        replace_file, sizes = owt.replace_file, []
-        patch.setattr(owt, "KEEP_SECONDS", 2)
-        patch.setattr(owt, "replace_file", lambda *a: replace_file(*a) or sizes.append(os.path.getsize(a[0])))
-        owt.prepare("whole", ["docs.tar", "in"])
-        assert len(sizes) < 10 and max(sizes) < 1000
-    owt.prepare("cut", ["in"])                              # an older data set of that name goes
-    code = ("import os, resource, prepare_openwebtext as p\n"
-            "p.KEEP_SECONDS, fsync, calls = 0, os.fsync, []\n%s\n"
-            "p.prepare('cut', ['docs.tar', 'in'], val_share=.3)")
+    owt.prepare("whole", ["docs.tar", "in"])
+    code = ("import itertools, os, resource, runpy, sys, time, tqdm\nfsync, calls = os.fsync, []\n%s\n"
+            "time.time = itertools.count(0, 9).__next__\n"  # the journal is kept after each file
+            "sys.argv = 'x --dataset cut --input docs.tar in --val_share=.3'.split()\n"
+            f"runpy.run_path('{HERE}/prepare_openwebtext.py')")
     kill = "os.fsync = lambda file: os._exit(9) if len(calls) == 33 else calls.append(fsync(file))"
     assert python("-c", code % kill).returncode == 9
     assert sorted(os.listdir("data/cut")) == ["progress.json", "train.bin", "val.bin"]
     full = python("-c", code % "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
     assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert re.search("error: data/cut can't be finished now .* File too large.: once it can, ", full.stderr)
-    replace = os.replace
+    assert re.search("error: stopped at .* File too large.*the same command goes on", full.stderr)
+    monkeypatch.setattr(time, "time", itertools.count(0, 9).__next__)
     for stop in 1, 2, 5, "meta.json", None:                 # at this call, or of this file
-        calls = itertools.count(1)
-
-        def stopping(source, target, stop=stop, calls=calls):
-            if stop in (next(calls), os.path.basename(target)):
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", stopping)
-        with pytest.raises(SystemExit, match="interrupted") if stop else contextlib.nullcontext():
+        monkeypatch.setattr(os, "replace", interrupt(stop))
+        with pytest.raises(SystemExit, match="KeyboardInterrupt") if stop else contextlib.nullcontext():
             owt.prepare("cut", ["docs.tar", "in"])
         assert os.path.exists("data/cut/meta.json") == (not stop)
-    assert bins("cut") == bins("whole")
+    assert sorted(everything("data/cut").values()) == sorted(everything("data/whole").values())
 
 
 def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
-    requests = []
+    urlopen, requests, status, last = urllib.request.urlopen, [], 206, math.inf
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             at = int(self.headers["Range"][6:-1])
             requests.append((self.path, at))
-            self.send_response(206 if self.path < "/21" else 404)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(ARCHIVE) - at))
             self.end_headers()
-            self.wfile.write(ARCHIVE[at:at + 9000])         # and no more: the connection ends early
+            if at < last:
+                self.wfile.write(ARCHIVE[at:at + 9000])     # and no more: the connection ends early
 
         def log_message(self, *_):
             pass
 
+    def local(request, **kwargs):                           # in place of huggingface.co
+        request.full_url = f"http://127.0.0.1:{server.server_port}/{request.full_url[-6:]}"
+        return urlopen(request, **kwargs)
+
     monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(urllib.request, "urlopen", local)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(owt, "URL", address + "/{:02d}.tar")
         owt.prepare("y")
         assert {at for path, at in requests if path == "/20.tar"} >= {0, 9000, 18000}
-        monkeypatch.setattr(owt, "URL", address + "/2{:02d}.tar")
-        with pytest.raises(SystemExit, match="can't be read .download failed: HTTP Error 404"):
-            owt.prepare("z")
+        for words, n, *answer in ("HTTP Error 404", 1, 404, 1), ("no part of", 1, 200, 1), (
+                "stopped in the middle", 6, 206, 1):        # one that begins and five that bring nothing
+            requests.clear()
+            status, last = answer
+            with pytest.raises(SystemExit, match=f"stopped at https.*00.tar .*{words}"):
+                owt.prepare("z")
+            assert len(requests) == n
         server.shutdown()
     paths = [f"{i:02}.tar" for i in range(21)]
     put(dict.fromkeys(paths, ARCHIVE))
@@ -816,61 +821,54 @@ def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
 @pytest.mark.parametrize("name, content, mended, words", [
     ("boundary.tar", ARCHIVE[:SECOND], ARCHIVE, "cut short"),
     ("header.tar", ARCHIVE[:SECOND + 100], ARCHIVE, "cut short"),
-    ("middle.tar", ARCHIVE[:SECOND + 1000], ARCHIVE, "unexpected end"),
     ("block.tar", ARCHIVE[:SECOND] + b"x" * 512 + ARCHIVE[SECOND + 512:], ARCHIVE, "cut short or damaged"),
-    ("inner.tar", ARCHIVE.replace(b"\xfd7zXZ", b"\xfd7zXY"), ARCHIVE, "can't be read"),
+    ("inner.tar", ARCHIVE.replace(b"\xfd7zXZ", b"\xfd7zXY"), ARCHIVE, "stopped at inner.tar .*Error"),
     ("latin.txt", b"caf\xe9", PLAIN, "can't decode byte"),
-    ("cut.txt.xz", lzma.compress(PLAIN)[:-20], lzma.compress(PLAIN), "can't be read"),
-    ("not.jsonl.gz", PLAIN, gzip.compress(LINES), "can't be read"),
-    ("number.jsonl", b'{"text": 7}\n', LINES, "line 1: not a JSON object"),
-    ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', LINES, "bad.jsonl, line 2: not a JSON object")])
+    ("cut.txt.xz", lzma.compress(PLAIN)[:-20], lzma.compress(PLAIN), "stopped at cut.txt.xz .*Error"),
+    ("not.jsonl.gz", PLAIN, gzip.compress(LINES), "stopped at not.jsonl.gz .*Not a gzipped file"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": 7}\n', LINES, "bad.jsonl, line 2: not a JSON object")])
 def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(
-        owt, name, content, mended, words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare_openwebtext.py", "--input", "a b"])
-    paths = ["0.txt", "1.txt", name, "z.txt"]
-    put({"0.txt": "first", "1.txt": PLAIN, name: content, "z.txt": "last"})
+        owt, monkeypatch, name, content, mended, words):
+    monkeypatch.setattr(time, "time", itertools.count(0, 9).__next__)           # it is kept after each file
+    paths = ["0 a.txt", "1.txt", name, "z.txt"]
+    put({"0 a.txt": "first", "1.txt": PLAIN, name: content, "z.txt": "last"})
     with pytest.raises(SystemExit, match=words):
         owt.prepare("x", paths)
     with open("data/x/progress.json") as f:
-        journal = json.load(f)
-    assert journal["command"] == "python prepare_openwebtext.py --input 'a b'" and journal["read"] < 3
-    assert not os.path.exists("data/x/meta.json")
-    if journal["read"]:                                     # what is done must be as it was
-        for others, settings in (paths[1:], {}), (paths, {"field": "txt"}), (paths, {"val_share": 0.1}):
-            with pytest.raises(SystemExit, match="isn't as it was"):
-                owt.prepare("x", others, **settings)
-    put({name: mended, "z.txt": "another last"})
+        assert re.match("python .*prepare_openwebtext.py .* '0 a.txt' 1.txt ", json.load(f)["command"])
+    for argv in (paths[1:],), (paths, "--field=txt"), (paths, "--val_share=.1"):
+        with pytest.raises(SystemExit, match="isn't as it was"):
+            owt.prepare("x", *argv)
+    whole = everything("data/x")["data/x/train.bin"]
+    put({name: mended, "z.txt": "another last", "data/x/train.bin": whole[:2]})
+    with pytest.raises(SystemExit, match="isn't as it was"):            # rather than zeros for what lacks
+        owt.prepare("x", paths)
+    seen = os.stat("1.txt")
+    put({"data/x/train.bin": whole, "1.txt": PLAIN.upper()})                    # it is not read again
+    os.utime("1.txt", ns=(seen.st_atime_ns, seen.st_mtime_ns))
     owt.prepare("x", paths)
+    put({"1.txt": PLAIN})
     owt.prepare("y", paths)
     assert bins("x") == bins("y") and "another last" in [*bins("x")["train"], *bins("x")["val"]]
 
 
 @pytest.mark.parametrize("name, argv, words", [
-    ("shakespeare", ["empty.txt"], "0 characters"), ("shakespeare", ["bytes.txt"], "can't be read as UTF-8"),
-    ("shakespeare", ["a.txt"], "1 distinct"), ("shakespeare", ["rich.txt"], "65,568 distinct"),
+    ("shakespeare", ["empty.txt"], r"0 \+ 0 characters"), ("shakespeare", ["bytes.txt"], "be read as UTF-8"),
+    ("shakespeare", ["a.txt"], "an alphabet of 1$"), ("shakespeare", ["rich.txt"], "an alphabet of 65,568"),
     ("shakespeare", ["none.txt"], "none.txt can't be read"), ("shakespeare", ["t.xz"], "t.xz can't be read"),
-    ("shakespeare", ["two.txt", "--val", "empty.txt"], "0 to val"),
-    ("shakespeare", ["two.txt", "--like", "gpt2"], "gpt2 lacks"),
-    ("shakespeare", ["wide.txt", "--like", "abc"], "abc lacks .*'é' 2 times"),
-    ("shakespeare", ["two.txt", "--dataset", "gpt2"], "is of gpt2 tokens"),
-    ("shakespeare", ["two.txt", "--dataset", "dl"], "is of gpt2 tokens"),
-    ("shakespeare", ["two.txt", "--dataset", "busy"], "another process"),
-    ("shakespeare", ["two.txt", "--dataset", "file"], "data/file can't be finished .* File exists"),
-    ("openwebtext", ["some.doc"], "some.doc is neither a file"), ("openwebtext", ["void"], "void is neither"),
-    ("openwebtext", ["none.txt"], "neither"), ("openwebtext", ["two.txt", "--dataset", "abc"], "is of chars"),
-    ("openwebtext", ["two.txt", "--dataset", "torn"], "torn.* is damaged"),
-    ("openwebtext", ["two.txt", "--dataset", "busy"], "another process"),
-    ("openwebtext", ["two.txt", "--dataset", "file"], "File exists"),
-    ("openwebtext", ["empty.txt"], "text for one of"), ("openwebtext", ["abc.txt"], "text for one of"),
-    ("openwebtext", ["two.txt", "--val", "empty.txt"], "one of train.bin and val.bin alone"),
-    ("openwebtext", ["two.txt", "--val", "two.txt"], "one of train.bin and val.bin alone")])
+    ("shakespeare", ["abc.txt", "--val", "empty.txt"], r"\+ 0 characters"),
+    ("shakespeare", ["abc.txt", "--like", "gpt2"], "an alphabet of 0$"),
+    ("shakespeare", ["wide.txt", "--like", "abc"], "the character 'é' isn't in"),
+    ("shakespeare", ["abc.txt", "--dataset", "file"], "data/file isn't written .* File exists"),
+    ("openwebtext", ["some.doc"], "some.doc is neither a file"), ("openwebtext", ["none.txt"], "neither"),
+    ("openwebtext", ["void"], "neither"), ("openwebtext", ["abc.txt", "--dataset", "abc"], "abc is finished"),
+    ("openwebtext", ["abc.txt", "--dataset", "torn"], "stopped at data/torn/progress.json .*JSON"),
+    ("openwebtext", ["abc.txt", "--dataset", "busy"], "Blocking.* alone, the same command goes on")])
 def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, name, argv, words):
-    put({"some.doc": "", "void/x.doc": "", "two.txt": "texts\n<|endoftext|>\nsome",
-         "bytes.txt": b"\xff\xfe\0", "a.txt": "a" * 12, "t.xz": "not packed", "wide.txt": "some text éé",
-         "rich.txt": "".join(map(chr, range(0x10000, 0x20020)))})
+    put({"some.doc": "", "void/x.doc": "", "bytes.txt": b"\xff\xfe\0", "a.txt": "a" * 12, "t.xz": "packed?",
+         "wide.txt": "some text éé", "rich.txt": "".join(map(chr, range(0x10000, 0x20020)))})
     before = everything("data")
     assert re.search(words, refused(f"prepare_{name}.py", "--dataset", "new", "--input", *argv))
-    shutil.rmtree("data/new", ignore_errors=True)
     assert everything("data") == before
 
 
