@@ -98,14 +98,12 @@ def save_checkpoint(path, content):
 
 def load_checkpoint(path):
     """What save_checkpoint() wrote, on the CPU. Never executes code; exits if it is missing or foreign."""
-    if not os.path.exists(path):
-        fail(f"there is no checkpoint {path}: train first, or name another file or folder")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         Config(**ckpt["config"]), ckpt["model"], ckpt["meta"]["source"], ckpt["step"] + ckpt.get("nelbo", 0)
         return ckpt
     except (RuntimeError, ValueError, LookupError, TypeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        fail(f"{path} isn't a checkpoint of this version, or not all of one ({type(e).__name__})")
+        fail(f"{path} isn't a checkpoint of this version ({type(e).__name__}): train first, or name another")
 
 
 def load_weights(model, weights, path):

@@ -56,8 +56,7 @@ def lot(mask, k):
 def probabilities(logits, temperature, top_k, top_p):
     """softmax(logits / temperature) of the top_k likeliest tokens (0: all), then of the fewest with the share
     top_p of the rest; 0 for the others. temperature 0: all to the likeliest."""
-    best = logits.amax(-1, keepdim=True)
-    p = ((logits - best) / max(temperature, 1e-30)).softmax(-1, dtype=torch.float32)
+    p = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1, dtype=torch.float32)
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
@@ -192,10 +191,9 @@ class Embed(nn.Module):
 
     def __init__(self, cfg, V):
         super().__init__()
-        C, D = cfg.n_embd, cfg.embed_dim
-        self.V, self.D = V, D
-        self.weight = nn.Parameter(torch.randn(V, D))
-        self.stem, self.stem_sc = Linear(D, C, zero=True), Linear(D, C)
+        self.V, self.D, C = V, cfg.embed_dim, cfg.n_embd
+        self.weight = nn.Parameter(torch.randn(V, self.D))
+        self.stem, self.stem_sc = Linear(self.D, C, zero=True), Linear(self.D, C)
         self.stem_bias = nn.Parameter(torch.randn(C))
         self.net = Transformer(cfg)
         self.head = Linear(C, V)

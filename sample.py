@@ -34,9 +34,7 @@ for name in settings.keys() - inspect.signature(model.sample).parameters.keys():
     if settings.pop(name) != getattr(SampleConfig, name):
         fail(f"{name} is {getattr(cfg, name)!r}, but {trained.process} diffusion has no such setting")
 
-# ------------------------------------------------------------------------------------------------------------
-# what is known: the text between its {n}; when editing nothing is, but the text is where noise starts from
-
+# ---- what is known: the text between its {n}; when editing nothing is, but the text is where noise starts
 if bool(cfg.text) + bool(cfg.prompt_file) + bool(cfg.edit) > 1:
     fail("text, prompt_file and edit each say what to start from: give one of them")
 text, file = cfg.text or cfg.edit, cfg.prompt_file or (cfg.edit if os.path.isfile(cfg.edit) else "")
@@ -63,8 +61,7 @@ if not cfg.edit and (cfg.length or not any(gaps)):      # unknown to the end, wh
     gaps[-1] = max(length - total, 0 if any(gaps) else 1)
     total += gaps[-1]
 if total > length or cfg.edit and total < cfg.length:
-    fail(f"this text needs {total} tokens, the unknown ones included, but {length} are written: pass "
-         f"--length={total} (1000000 at most)")
+    fail(f"this text needs {total} tokens with the unknown ones, and gets {length}: pass --length={total}")
 ids = [i for piece, gap in zip(pieces, gaps) for i in piece + [tokenizer.V] * gap]
 known = [i < tokenizer.V and not cfg.edit for i in ids]
 if cfg.guidance and not any(known):

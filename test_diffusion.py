@@ -956,11 +956,11 @@ def test_a_new_run_never_starts_in_the_folder_of_another(here):
     os.symlink("owned/model.pt", "link.pt")
     before = everything("owned")
     for flags in [], ["--process=embed"], ["--init_from=owned/ckpt.pt"], ["--init_from=link.pt"]:
-        words = refused("train.py", *SMALL, "--out_dir=owned", *flags)
-        assert all(word in words for word in ("step 8", "--init_from=resume", "--out_dir", "delete owned"))
+        assert re.search("owned/.*pt is of another run: .*--init_from=resume.* delete it",
+                         refused("train.py", *SMALL, "--out_dir=owned", *flags))
     assert before == everything("owned")
     os.remove("owned/ckpt.pt")
-    assert "step" in refused("train.py", *SMALL, "--out_dir=owned")
+    assert "owned/model.pt is" in refused("train.py", *SMALL, "--out_dir=owned")
 
 
 def test_a_best_bound_counts_only_on_the_batches_it_was_measured_on(here, capsys):
@@ -968,11 +968,10 @@ def test_a_best_bound_counts_only_on_the_batches_it_was_measured_on(here, capsys
     ckpt = load_checkpoint("best/ckpt.pt")
     torch.save(ckpt | {"best": 0.1}, "best/ckpt.pt")        # never reached again
     script("train.py", "--out_dir=best", "--init_from=resume", "--max_iters=12", "--learning_rate=0.02")
-    out = capsys.readouterr().out
-    assert "but learning_rate 0.02 (was 0.01), max_iters 12 (was 8)" in out and "anew" not in out
+    assert "but learning_rate 0.02 (was 0.01), max_iters 12 (was 8)" in capsys.readouterr().out
     assert load_checkpoint("best/model.pt")["step"] < 12
     script("train.py", "--out_dir=best", "--init_from=resume", "--max_iters=16", "--eval_iters=3")
-    assert "anew" in capsys.readouterr().out and load_checkpoint("best/model.pt")["step"] == 16
+    assert load_checkpoint("best/model.pt")["step"] == 16
 
 
 def torchrun(n, *flags, node=0, nodes=1):
@@ -1070,8 +1069,8 @@ def broken(text_dir):
     ("fewer than block_size 32", ["--dataset=short"]),
     ("the id 999, beyond the vocabulary", ["--dataset=beyond"]),
     ("another vocabulary", ["--dataset=other", "--init_from=out/model.pt"]),
-    ("no checkpoint nowhere/ckpt.pt", ["--init_from=resume", "--out_dir=nowhere"]),
-    ("bad/ckpt.pt isn't a checkpoint of this version, or not all", ["--init_from=resume", "--out_dir=bad"]),
+    ("nowhere/ckpt.pt isn't a checkpoint.*FileNotFound", ["--init_from=resume", "--out_dir=nowhere"]),
+    ("bad/ckpt.pt isn't a checkpoint of this version", ["--init_from=resume", "--out_dir=bad"]),
     ("bad/code/model.pt isn't a checkpoint", ["--init_from=bad/code/model.pt"]),
     ("weights in out/model.pt don't fit", ["--init_from=out/model.pt", "--n_layer=3"]),
     ("no optimizer state", ["--init_from=resume", "--out_dir=bare"]),
@@ -1085,7 +1084,7 @@ def test_training_refuses_what_it_cannot_use(here, broken, monkeypatch, words, f
 
 
 @pytest.mark.parametrize("words, flags", [
-    ("no checkpoint nowhere/model.pt", ["--out_dir=nowhere"]), ("noise is for edit", ["--noise=0.2"]),
+    ("nowhere/model.pt isn't a .*train first", ["--out_dir=nowhere"]), ("noise is for edit", ["--noise=0.2"]),
     ("'世' isn't in the tokenizer's alphabet", ["--text=世{3}"]),
     ("needs 1000000000000 tokens", ["--text={1000000000000}"]),
     ("give one of them", ["--text=a{3}", "--prompt_file=nowhere.txt"]),

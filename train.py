@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import prepare_shakespeare
 from config import Config, fail, hardware, load
-from data import Tokenizer, crops, load_checkpoint, load_data, load_weights, save_checkpoint
+from data import Tokenizer, crops, load_checkpoint, load_data, load_weights, replace_file, save_checkpoint
 from diffusion import PROCESSES, times
 from optim import configure_optimizers, update
 
@@ -42,8 +42,7 @@ asked = vars(load(Config, defaults=was))                # what checkpoints keep,
 changed = [f"{name} {asked[name]} (was {old})" for name, old in was.items() if asked[name] != old]
 cfg, resume = hardware(Config(**asked)), cfg.init_from == "resume" and not cfg.eval_only
 for old in filter(os.path.exists, () if resume or cfg.eval_only else (ckpt_path, model_path)):
-    fail(f"{old} is of another run, from step {load_checkpoint(old)['step']}: go on with it by "
-         f"--init_from=resume, pass another --out_dir, or delete {cfg.out_dir}")
+    fail(f"{old} is of another run: go on with --init_from=resume, pass another --out_dir, or delete it")
 A, B, T = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
 if A % world:
     fail(f"gradient_accumulation_steps is {A}: it must be a multiple of the {world} processes")
@@ -112,8 +111,7 @@ if resume:
         optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
     measured, best, log = step if "nelbo" in ckpt else 0, ckpt["best"], ckpt.get("log", log)
     if any(asked[name] != was[name] for name in ("dataset", "block_size", "batch_size", "eval_iters")):
-        best = math.inf
-        say("the validation batches are others than before: the best bound starts anew")
+        best = math.inf                                 # of other validation batches
 del ckpt
 if cfg.compile:
     torch._dynamo.config.optimize_ddp = False           # one graph, as on one device: or dropout differs
@@ -162,8 +160,7 @@ def evaluate(train_loss):
         return
     log.append(f"{step},{train_loss:.4f},{nelbo:.4f},{se:.4f}\n")
     save(nelbo=nelbo)
-    with open(log_path, "w") as f:
-        f.writelines(log)
+    replace_file(log_path, lambda file: file.write("".join(log).encode()))
     torch.manual_seed(-1)                # not cfg.seed: the noise would be the embeddings that it drew
     known = torch.zeros(4 if step == cfg.max_iters else 1, T, dtype=torch.bool, device=cfg.device)
     *_, (tokens, _) = ema.sample(known.long(), known, min(T, 128))
