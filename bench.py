@@ -46,6 +46,7 @@ class Causal(Masked):
 
 def train(model, ema, optimizers, n):
     """Takes n steps; returns the seconds of one."""
+    torch.set_float32_matmul_precision("high")              # as train.py does
     rng, start = np.random.default_rng(0), time.perf_counter()
     for _ in range(n):
         for t in times(rng, A, B):
