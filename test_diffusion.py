@@ -79,8 +79,7 @@ def is_distributed(tokens, weights):
     return bool(((share - truth).abs() < 5 * (truth * (1 - truth) / len(tokens)).sqrt() + 1e-9).all())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# exact posteriors: a first-order Markov chain, where what each position may be follows by forward-backward
+# ---- exact posteriors of a first-order Markov chain: what each position may be, by forward-backward
 
 V_CHAIN, T_CHAIN = 8, 12
 CHAIN = torch.softmax(
@@ -182,8 +181,7 @@ def test_guidance_of_embed_makes_what_fits_the_known_tokens_likelier():
     assert means[0] + 0.1 < means[1] < means[2] - 0.02, means
 
 
-# ------------------------------------------------------------------------------------------------------------
-# exact counts and identities
+# ---- exact counts and identities
 
 def test_uniform_logits_cost_exactly_log_V():
     model = build("masked", 65)
@@ -316,8 +314,7 @@ def test_network_sees_all_positions_and_the_time_and_drops_in_training_only():
     assert torch.equal(net(x, t), net(x, t)) and not torch.equal(net.train()(x, t), net(x, t))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# GPUs, without one: tensors that say they are elsewhere, and what torch.compile makes of a step
+# ---- GPUs, without one: tensors that say they are elsewhere, and what torch.compile makes of a step
 
 class Elsewhere(torch.Tensor):
     """Says that it is on another device ("meta"), and keeps its numbers on the CPU."""
@@ -337,7 +334,7 @@ class Elsewhere(torch.Tensor):
 class Watch(TorchDispatchMode):
     """Computes with what is Elsewhere; raises where both devices meet; notes what makes the host wait."""
 
-    WAITS = aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select
+    WAITS, waits = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kind, target = function.overloadpacket, (kwargs or {}).get("device")
@@ -352,10 +349,6 @@ class Watch(TorchDispatchMode):
         out = function(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
         stays = str(target) == "meta" or there and str(target) != "cpu"
         return tree_map(lambda x: Elsewhere(x) if stays and isinstance(x, torch.Tensor) else x, out)
-
-    def __enter__(self):
-        self.waits = 0
-        return super().__enter__()
 
 
 @pytest.mark.parametrize("process, waits, settings", [
@@ -396,8 +389,7 @@ def test_a_compiled_step_is_one_graph_and_stays_it(process):
     assert counter.frame_count == 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# samplers
+# ---- samplers
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_every_sampler_setting_keeps_known_tokens_and_its_promises(process):
@@ -491,8 +483,7 @@ def test_truncation_keeps_the_likeliest():
     assert probabilities(logits, 1e-20, 0, 1.0)[0].tolist() == [1, 0, 0, 0]     # beyond float32
 
 
-# ------------------------------------------------------------------------------------------------------------
-# settings
+# ---- settings
 
 def test_settings_come_from_defaults_file_and_flags_and_choices_are_the_codes(tmp_path, capsys):
     file = tmp_path / "c.py"
@@ -539,8 +530,7 @@ def test_a_wrong_setting_is_named_in_one_sentence(flag, words, tmp_path, monkeyp
     assert all(word in stop.value.code for word in words.split()) and "\n" not in stop.value.code
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the scripts, as a user runs them: in an empty folder, in this process unless it takes several
+# ---- the scripts, as a user runs them: in an empty folder, in this process unless it takes several
 
 def script(name, *argv):
     """Runs a script as `python name argv`; returns its globals. SystemExit comes through."""
@@ -606,8 +596,7 @@ def here(text_dir):
     return text_dir
 
 
-# ------------------------------------------------------------------------------------------------------------
-# preparation: any text to characters, many documents to byte pairs
+# ---- preparation: any text to characters, many documents to byte pairs
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -872,8 +861,7 @@ def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, name, argv, 
     assert everything("data") == before
 
 
-# ------------------------------------------------------------------------------------------------------------
-# train.py
+# ---- train.py
 
 def test_training_prints_and_logs_what_it_promises_and_a_model_its_bound(here, capsys):
     script("train.py", *SMALL, "--out_dir=printed", "--seed=2")
@@ -1108,8 +1096,7 @@ def test_a_full_disk_keeps_the_checkpoint_that_was_there(here, monkeypatch):
     assert (here / "full/ckpt.pt").read_bytes() == (here / "out/ckpt.pt").read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# sample.py
+# ---- sample.py
 
 def samples(capsys, *flags):
     script("sample.py", *flags)
@@ -1214,14 +1201,6 @@ def test_noise_of_sampling_is_not_the_embeddings_of_training(here, monkeypatch):
     assert (calls[0][1][0][0] == torch.arange(32)).float().mean() < 0.2
 
 
-def test_samples_come_in_batches_that_fit(here, capsys, monkeypatch):
-    calls = listen(monkeypatch)
-    texts, _ = samples(capsys, "--num_samples=10000", "--steps=1")
-    sizes = [len(x) for x, _ in calls]
-    assert len(texts) == 10_000 == sum(sizes) and len(set(texts)) > 9_900
-    assert max(sizes) < 10_000 and len(set(sizes[:-1])) == 1
-
-
 def test_svg_holds_every_state_and_ends_with_the_text(here, capsys, monkeypatch):
     for steps in 4, 128:
         calls = listen(monkeypatch)
@@ -1254,8 +1233,7 @@ def test_pieces_of_byte_pairs_keep_halves_of_characters_together(gpt2):
     assert gpt2.decode(ids[:-1]).endswith("�") and gpt2.decode([]) == ""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# all of it: a small model learns English far beyond its letter frequencies
+# ---- all of it: a small model learns English far beyond its letter frequencies
 
 def entropy(share):
     return -(share[share > 0] * np.log(share[share > 0])).sum()
