@@ -123,10 +123,10 @@ for source in sources.values():                         # fingerprints of settin
     marks.append(hashlib.sha256(json.dumps([marks[-1], args.field, source]).encode()).hexdigest())
 
 # ---- their tokens; the journal has the mark of the last whole file, and the sizes of the bins behind it
-folder, command = Path("data", args.dataset), shlex.join(["python", *sys.argv])
-path = journal = folder / "progress.json"
-bpe, done, kept = Tokenizer({"vocab_size": 50257}).bpe, {"mark": "", "train": 0, "val": 0}, 0
+path = folder = Path("data", args.dataset)
+journal, done, kept = folder / "progress.json", {"mark": "", "train": 0, "val": 0}, 0
 try:
+    bpe, command = Tokenizer({"vocab_size": 50257}).bpe, shlex.join(["python", *sys.argv])
     folder.mkdir(parents=True, exist_ok=True)
     with (open(folder / "train.bin", "ab") as train, open(folder / "val.bin", "ab") as val,
           tqdm(unit=" tokens", unit_scale=True, delay=1) as bar):

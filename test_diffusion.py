@@ -722,7 +722,7 @@ def test_documents_of_every_kind_become_the_same_tokens(owt, name, content):
     put({name: content})
     owt.prepare("x", [name])
     found = bins("x")
-    assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS)
+    assert sorted(itertools.chain(*found.values())) == sorted(DOCUMENTS)
     chosen = [text for text in DOCUMENTS
               if int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) < 0.3 * 2 ** 64]
     assert DOCUMENTS[0] not in chosen and len(chosen) > 3
@@ -801,10 +801,7 @@ def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
                 owt.prepare("z")
             assert len(requests) == n
         server.shutdown()
-    paths = [f"{i:02}.tar" for i in range(21)]
-    put(dict.fromkeys(paths, ARCHIVE))
-    owt.prepare("x", paths)
-    assert bins("y") == bins("x")
+    assert sorted(itertools.chain(*bins("y").values())) == sorted(DOCUMENTS * 21)
 
 
 @pytest.mark.parametrize("name, content, mended, words", [
@@ -838,7 +835,7 @@ def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(
     owt.prepare("x", paths)
     put({"1.txt": PLAIN})
     owt.prepare("y", paths)
-    assert bins("x") == bins("y") and "another last" in [*bins("x")["train"], *bins("x")["val"]]
+    assert bins("x") == bins("y") and "another last" in itertools.chain(*bins("x").values())
 
 
 @pytest.mark.parametrize("name, argv, words", [
@@ -851,7 +848,7 @@ def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(
     ("shakespeare", ["abc.txt", "--dataset", "file"], "data/file isn't written .* File exists"),
     ("openwebtext", ["some.doc"], "some.doc is neither a file"), ("openwebtext", ["none.txt"], "neither"),
     ("openwebtext", ["void"], "neither"), ("openwebtext", ["abc.txt", "--dataset", "abc"], "abc is finished"),
-    ("openwebtext", ["abc.txt", "--dataset", "torn"], "stopped at data/torn/progress.json .*JSON"),
+    ("openwebtext", ["abc.txt", "--dataset", "torn"], "stopped at data/torn .JSONDecodeError"),
     ("openwebtext", ["abc.txt", "--dataset", "busy"], "Blocking.* alone, the same command goes on")])
 def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, name, argv, words):
     put({"some.doc": "", "void/x.doc": "", "bytes.txt": b"\xff\xfe\0", "a.txt": "a" * 12, "t.xz": "packed?",
