@@ -879,6 +879,9 @@ def test_training_prints_and_logs_what_it_promises_and_a_model_its_bound(here, c
     assert f"step {best[0]}: val nelbo {best[1]}" in out and "checkpoints" not in out
     assert os.listdir() == before
     assert not any(p.requires_grad for p in ran["ema"].parameters())
+    bounds = [ran["ema"].nelbo(*ran["batch"]("val", times(np.random.default_rng((1, i)), 1, 8)[0], i)).mean()
+              for i in range(2)]                            # its times are uniform, not those of training
+    assert abs(sum(bounds).item() / 2 - float(best[1])) < 1e-4
     script("train.py", "--init_from=printed/model.pt", "--eval_only=True", "--block_size=16")
     assert "but block_size 16 (was 32)" in capsys.readouterr().out
 
