@@ -84,7 +84,7 @@ class Masked(nn.Module):
         self.stem = nn.Embedding(V + 1, cfg.n_embd)     # its first V rows are the head, too
         nn.init.normal_(self.stem.weight, std=cfg.n_embd ** -0.5)
         self.net = Transformer(cfg)
-        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
+        self.register_buffer("bias", torch.zeros(V))    # of the head; train.py puts the log-frequencies there
 
     def corrupt(self, x0, t):
         """x0 (B, T) with exactly k = floor(t T) + 1 random tokens of each row replaced by V. If t is uniform,
