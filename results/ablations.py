@@ -70,11 +70,9 @@ exec(codes[process, name], vars(sys.modules["diffusion"]))  # noqa: S102 (our ow
 from judge import Judge
 from samplers import measure
 
-import model
-
 if name == "causal GPT":
-    attention = model.F.scaled_dot_product_attention
-    model.Block.attention = staticmethod(lambda q, k, v: attention(q, k, v, is_causal=True))
+    from model import Block, F
+    Block.attention = staticmethod(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 train = {"__name__": "__main__"}
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["train.py", f"--process={process}", "--eval_interval=1000000", f"--out_dir={folder}", *flags]

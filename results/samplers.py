@@ -44,8 +44,7 @@ def table(folder):
         for steps in STEPS if name.startswith(cfg.process) else ():
             if cfg.process == "embed" or "remask" in settings or steps <= cfg.block_size:
                 calls, *row = measure(model, judge, tokenizer, cfg.block_size, steps, settings)
-                print("| {} | {} | {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |".format(name, steps, calls, *row),
-                      flush=True)
+                print("| {} | {} | {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |".format(name, steps, calls, *row))
 
 
 def plot(path, picture):
