@@ -71,7 +71,7 @@ class Config(Checked):
     warmup_iters: count = 50                    # linear warm-up; the last 60 % decay linearly to zero
     ema_decay: not_all = 0.99                   # running average of the weights, which is what is evaluated
     device: str = "auto"                        # cuda, cuda:1, mps, cpu; auto: the first of these there is
-    dtype: floats = "auto"                   # auto: bfloat16 where the chip has it, else float32
+    dtype: floats = "auto"                      # auto: bfloat16 where the chip has it, else float32
     compile: maybe = None                       # torch.compile; None: on CUDA only
     seed: count = 1337                          # of weights, crops, times and noise
 

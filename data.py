@@ -61,8 +61,8 @@ def load_data(dataset, block_size):
                 fail(f"{path} has {size} bytes, not two for each of the {n} tokens: copy or prepare it anew")
             if n < block_size:
                 fail(f"{path} has {n} tokens, fewer than block_size {block_size}: lower it or add text")
-            splits[split] = bin = np.memmap(path, np.uint16, "r")              # may be far larger than memory
-            if (top := max(bin[:10 ** 7].max(), bin[-10 ** 7:].max())) >= V:    # so a look at the ends
+            splits[split] = ids = np.memmap(path, np.uint16, "r")              # may be far larger than memory
+            if (top := max(ids[:10 ** 7].max(), ids[-10 ** 7:].max())) >= V:    # so a look at the ends
                 fail(f"{path} holds the id {top}, beyond the vocabulary of {V}: prepare it again")
         return meta, splits
     except (OSError, ValueError, LookupError, TypeError) as e:

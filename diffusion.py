@@ -110,10 +110,11 @@ class Masked(nn.Module):
         """Noises x0 to t: k (B,), and of all K masked tokens row (K,), id (K,) and logits (K, V)."""
         B, T = x0.shape
         xt = self.corrupt(x0, t)
-        k = (xt == self.V).sum(1)
+        masked = xt == self.V
+        k = masked.sum(1)
         # compiled code wants a constant: pairs t, 1 - t mask so many tokens
         size = B * (T + 1) // 2 if torch.compiler.is_compiling() else int(k.sum())
-        at = (xt == self.V).flatten().nonzero_static(size=size).squeeze(1)
+        at = masked.flatten().nonzero_static(size=size).squeeze(1)
         return k, at // T, x0.flatten()[at], self.denoise_at(xt, at)
 
     def forward(self, x0, t):

@@ -23,8 +23,10 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for shape in dict.fromkeys(p.shape for p in group["params"]):
             params = [p for p in group["params"] if p.shape == shape]
-            grads = [p.grad for p in params]
-            averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["average"] = torch.zeros_like(p)
+            grads, averages = [p.grad for p in params], [self.state[p]["average"] for p in params]
             torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(grads, averages, group["momentum"])
             update = orthogonalise(torch.stack(nesterov).to(group["dtype"])).float()

@@ -82,8 +82,7 @@ def write(x, known):
 # so many samples at once that they fit into a few GB
 n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))
 watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-film = []           # of the first sample: its state at the beginning, every few calls, and the latest
-every = 1 + min(known.count(False), (2 * total // block + 1) * cfg.steps) // 48
+film, every = [], 1         # of the first sample: the state at the start, each 2nd (4th, ...), the latest
 bar = tqdm(desc="network calls", delay=0 if sys.stderr.isatty() and not watch else 1e9)    # it counts unseen
 model.net.register_forward_hook(lambda *_: bar.update() and None)       # anything else would be its output
 torch.manual_seed(-1 - cfg.seed)    # not as in training: the first noise would be the embeddings it drew
@@ -96,6 +95,9 @@ for done in range(0, cfg.num_samples, n_at_once):
             if watch:
                 show(film[-1] if film else state, state)
             film[-(-i // every):] = [state]
+            if len(film) == 49:
+                del film[1::2]
+                every *= 2
     for n, row in enumerate(x.tolist(), done):
         print(("-" * 80 + "\n" if n else "") + tokenizer.decode(row), flush=True)
 bar.close()
