@@ -24,7 +24,6 @@ from optim import configure_optimizers, update
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "A10": 125,
          "L40S": 362, "L4": 121, "5090": 209, "4090": 165, "3090": 71}  # dense TFLOP/s in bfloat16
 
-
 class Causal(Masked):
     """A GPT made of the same parts: each position sees what is before it, and learns the next token."""
 
@@ -43,7 +42,6 @@ class Causal(Masked):
     def forward(self, x0, t):
         return F.cross_entropy(self.denoise(x0, t)[:, :-1].flatten(0, 1), x0[:, 1:].flatten())
 
-
 def train(model, ema, optimizers, n):
     """Takes n steps; returns the seconds of one."""
     torch.set_float32_matmul_precision("high")              # as train.py does
@@ -57,7 +55,6 @@ def train(model, ema, optimizers, n):
     loss.item()                                             # waits for the device
     return (time.perf_counter() - start) / n
 
-
 def sampling(model, n, **settings):
     """Tokens/s of n samples of a block in 32 calls."""
     known = torch.zeros(n, T, dtype=torch.bool, device=cfg.device)
@@ -65,7 +62,6 @@ def sampling(model, n, **settings):
     start = time.perf_counter()
     list(model.sample(known.long(), known, 32, **settings))[-1][0].tolist()     # waits for the device
     return f"{n * T / (time.perf_counter() - start):,.0f} tokens/s for batch {n}"
-
 
 cfg = hardware(load(Config))
 gpu, A, B, T = "cuda" in cfg.device, cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size

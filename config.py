@@ -22,18 +22,15 @@ def number(convert, low, high=1e15):
     read.must = f"a {'whole ' * (convert is int)}number from {low:g} to {high:g}"
     return read
 
-
 def choice(*values):
     def read(text):
         return values[[*map(str, values)].index(text)]  # index() raises ValueError, too
     read.must = f"one of {', '.join(map(str, values))}"
     return read
 
-
 positive, count, amount = number(int, 1), number(int, 0), number(float, 0)
 share, not_all, not_none = number(float, 0, 1), number(float, 0, 1 - 1e-6), number(float, 1e-6, 1)
 truth, maybe, floats = choice(True, False), choice(True, False, None), choice("auto", "bfloat16", "float32")
-
 
 class Checked:
     def __post_init__(self):
@@ -42,7 +39,6 @@ class Checked:
                 setattr(self, f.name, f.type(str(getattr(self, f.name))))
             except ValueError:
                 raise ValueError(f"{f.name} is {getattr(self, f.name)!r}: it must be {f.type.must}") from None
-
 
 @dataclass
 class Config(Checked):
@@ -82,7 +78,6 @@ class Config(Checked):
         if self.batch_size % 2:
             raise ValueError(f"batch_size is {self.batch_size}: it must be even, for times in pairs t, 1 - t")
 
-
 @dataclass
 class SampleConfig(Checked):
     """Settings of sample.py."""
@@ -109,11 +104,9 @@ class SampleConfig(Checked):
     device: str = "auto"                        # as in train.py
     dtype: floats = "auto"
 
-
 def fail(sentence):
     """Ends the program with one sentence on stderr and exit code 1."""
     raise SystemExit(f"error: {sentence}")
-
 
 def load(cls, argv=None, defaults=None):
     """A cls from its defaults (or a dict of others), the config file, the flags; exits on what is wrong."""
@@ -135,7 +128,6 @@ def load(cls, argv=None, defaults=None):
         return cls(**(defaults or {}) | settings)
     except ValueError as e:
         fail(e)
-
 
 def hardware(cfg):
     """cfg with device, dtype and compile decided for this machine and process; exits where it lacks one."""

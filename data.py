@@ -46,7 +46,6 @@ class Tokenizer:
     def decode(self, ids):
         return "".join(self.pieces(ids))
 
-
 def load_data(dataset, block_size):
     """(meta.json, {split: tokens, mapped}) of data/<dataset>; exits if it isn't whole."""
     folder, splits = Path("data", dataset), {}
@@ -68,18 +67,15 @@ def load_data(dataset, block_size):
     except (OSError, ValueError, LookupError, TypeError) as e:
         fail(f"{path} can't be used ({type(e).__name__}): prepare_*.py --dataset {dataset} writes it")
 
-
 def crops(tokens, rng, B, T):
     """(B, T) int64: B random stretches of T tokens."""
     starts = rng.integers(0, len(tokens) - T + 1, B)
     return torch.from_numpy(np.stack([tokens[i:i + T] for i in starts]).astype(np.int64))
 
-
 def unpacked(path, stream=None):
     """A file to read bytes from, or in its place a stream, unpacked where path ends in .xz or .gz."""
     unpack = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1].lower())
     return unpack(stream or path) if unpack else stream or open(path, "rb")
-
 
 def replace_file(path, write):
     """write(file) fills a temporary file, which then takes the name: there is the old one or the new."""
@@ -87,14 +83,12 @@ def replace_file(path, write):
         write(file)
     os.replace(f"{path}.tmp", path)
 
-
 def save_checkpoint(path, content):
     """Writes a plain dict as a checkpoint; a crash on the way leaves the old file as it was."""
     try:
         replace_file(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as e:                # torch raises RuntimeErrors for a full disk
         fail(f"{path} can't be written ({e}); what was there before is as it was")
-
 
 def load_checkpoint(path):
     """What save_checkpoint() wrote, on the CPU. Never executes code; exits if it is missing or foreign."""
@@ -104,7 +98,6 @@ def load_checkpoint(path):
         return ckpt
     except (RuntimeError, ValueError, LookupError, TypeError, OSError, EOFError, pickle.UnpicklingError) as e:
         fail(f"{path} isn't a checkpoint of this version ({type(e).__name__}): train first, or name another")
-
 
 def load_weights(model, weights, path):
     """Loads a checkpoint's weights into model; exits if they are not this model's."""

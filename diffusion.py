@@ -27,7 +27,6 @@ ORDERS = {          # which [MASK]s go first: those with the highest value (K,) 
     "entropy": lambda p: -torch.special.entr(p).sum(1),
 }
 
-
 def times(rng, n_micro, B, bell=False):
     """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset. Rows i and
     i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so each is
@@ -41,17 +40,14 @@ def times(rng, n_micro, B, bell=False):
     t = t.view(B // 2, n_micro).T
     return torch.cat((t, 1 - t), dim=1).float()
 
-
 def choose(score, k):
     """(B, T) bool: in each row of score (B, T) the k (B,) highest; exactly k of them, ties or not."""
     first = torch.arange(score.size(1), device=score.device) < k[:, None]
     return torch.zeros_like(first).scatter(1, score.argsort(1, descending=True), first)
 
-
 def lot(mask, k):
     """(B, T) bool: in each row k (B,) random ones of the places where mask (B, T) is True."""
     return choose(torch.rand(mask.shape, device=mask.device).where(mask, -1), k)
-
 
 def probabilities(logits, temperature, top_k, top_p):
     """softmax(logits / temperature) of the top_k likeliest tokens (0: all), then of the fewest with the share
@@ -65,7 +61,6 @@ def probabilities(logits, temperature, top_k, top_p):
         p = torch.zeros_like(p).scatter(-1, ids, p / p.sum(-1, keepdim=True))
     return p
 
-
 def draw(p):
     """One index (K,) per row of the probabilities p (K, V), which need not sum to 1. By inversion in float64:
     float32 Gumbel noise can't reach the tail of a large vocabulary, and silently lowers the entropy of
@@ -73,7 +68,6 @@ def draw(p):
     cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
     u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=p.size(1) - 1)
-
 
 class Masked(nn.Module):
     """Tokens turn into [MASK], one after the other in random order (MDLM, arXiv:2406.07524)."""
@@ -178,7 +172,6 @@ class Masked(nn.Module):
             if remask:
                 x = x.masked_fill(lot(shown, back), self.V)
             yield x, (x != self.V).float()
-
 
 class Embed(nn.Module):
     """Gaussian noise on embeddings: xt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
@@ -337,9 +330,7 @@ class Embed(nn.Module):
             z = given.where(place, z)
             yield x.where(known, tokens), certainty.where(~known, 1.0)
 
-
 PROCESSES = {"masked": Masked, "embed": Embed}
-
 
 def load_model(path, **changes):
     """(model, tokenizer, its Config with changes, a line about it) of a model.pt; exits if it isn't one."""

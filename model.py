@@ -16,7 +16,6 @@ def norm(x):
     """RMSNorm, written out: in eager mode on a CPU a step is a few percent shorter than with F.rms_norm."""
     return x * ((x * x).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
-
 class Linear(nn.Linear):
     """A matrix without bias, kept in float32 and applied in the precision of its input."""
 
@@ -27,13 +26,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-
 def attention(q, k, v):
     """softmax(q k' / sqrt d) v over (B, H, T, d); written out in bfloat16 on a CPU, where that is faster."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return (q * q.size(-1) ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
-
 
 class Block(nn.Module):
     """Attention and MLP on the residual stream x (B, T, C), each shifted, scaled and gated by the time."""
@@ -65,7 +62,6 @@ class Block(nn.Module):
         h = F.relu(self.up(torch.addcmul(shift2, norm(x), scale2)))
         y = self.down(h * h)
         return torch.addcmul(x, F.dropout(y, self.dropout, self.training), gate2)
-
 
 class Transformer(nn.Module):
     """(B, T, C) vectors and a time (B,) in [0, 1] in, (B, T, C) normalised features out; T <= block_size."""

@@ -12,7 +12,6 @@ def orthogonalise(G):
         X = torch.baddbmm(X, poly, X, beta=3.4445)
     return X if G.size(1) <= G.size(2) else X.mT
 
-
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for matrices (Keller Jordan, kellerjordan.github.io/posts/muon).
     Not torch.optim.Muon, which always rounds to bfloat16: in float32, gradients that differ in the last bit,
@@ -34,7 +33,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update), alpha=-lr)
 
-
 def configure_optimizers(model, cfg):
     """Muon for the matrices of the blocks, AdamW for everything else."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
@@ -42,7 +40,6 @@ def configure_optimizers(model, cfg):
     muon = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": 0.95}
     return [Muon(matrices, muon | {"dtype": model.net.dtype}),
             torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(0.9, 0.95), weight_decay=0, fused=True)]
-
 
 @torch.no_grad()
 def update(model, ema, optimizers, grad_clip, keep):

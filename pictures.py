@@ -7,7 +7,6 @@ from unicodedata import east_asian_width
 
 STYLES = {"noise": 2, "new": 32, "settled": 0}          # in the terminal: dim, green, plain
 
-
 def picture(before, state):
     """(text, style) of each token of a state (texts, certainties). The text has one character for a column:
     NUL goes before a wide one, a blank stands for what can't be drawn."""
@@ -16,13 +15,11 @@ def picture(before, state):
     return [(text, "noise" if sure < 0.5 else "settled" if new == old else "new")
             for text, new, old, sure in zip(drawn, state[0], before[0], state[1])]
 
-
 def show(before, state):
     """Draws a state in the terminal; what is new since the state before is green."""
     text = "".join(f"\033[{STYLES[style]}m{text}\033[0m" for text, style in picture(before, state))
     print("\033[H\033[2J" + text.replace("\0", ""), file=sys.stderr, flush=True)
     time.sleep(0.05)
-
 
 def animation(states, wrap=64, seconds=0.12, hold=3):
     """An SVG of the states and the settled text: a film strip that goes up by one picture at a time. Tokens

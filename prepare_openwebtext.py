@@ -41,7 +41,6 @@ parser.add_argument("--field", default="text", help="of JSON lines: the name of 
 parser.add_argument("--val_share", type=float, default=0.0005, help="of the documents, without --val")
 args = parser.parse_args()
 
-
 class Download(io.RawIOBase):
     """The bytes at url; takes up a broken connection where it was, gives up after five breaks in a row."""
 
@@ -63,7 +62,6 @@ class Download(io.RawIOBase):
                     raise
                 self.body = None
                 time.sleep(2 ** attempt)
-
 
 def documents(name, stream):
     """Yields the texts in a stream of that name; what is in an archive is read as if it lay beside it."""
@@ -95,7 +93,6 @@ def documents(name, stream):
             text = ""
     yield text
 
-
 def encoded(path):
     """Yields (a hash from 0 to 1, tokens) of each document in a file, in order, computed on all cores."""
     with Download(path) if "://" in path else open(path, "rb") as stream:
@@ -104,7 +101,6 @@ def encoded(path):
             for text, ids in zip(batch, bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count())):
                 key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
                 yield int(key, 16) / 2 ** 64, np.array([*ids, 50256], np.uint16)        # <|endoftext|>
-
 
 # ---- the files to read, each once: {real path: (path, share of documents for validation, size, time)}
 share = 0 if args.val else args.val_share

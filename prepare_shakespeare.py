@@ -18,7 +18,6 @@ from data import Tokenizer, load_checkpoint, load_data, replace_file, unpacked
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-
 def load(path):
     """(text, what it is): the file at path, else Tiny Shakespeare, else English that ships inside Python."""
     try:
@@ -31,7 +30,6 @@ def load(path):
     if not path and hashlib.sha256(text.encode()).hexdigest() != SHA256:
         fail(f"what {URL} sends isn't Tiny Shakespeare (its sha256 differs): pass --input FILE")
     return text, path or "Tiny Shakespeare"
-
 
 def prepare(dataset="shakespeare", path=None, val=None, like=None):
     """Writes data/<dataset>: nine tenths of a text to train on, the rest (or the file val) to validate."""
@@ -55,7 +53,6 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None):
     except (OSError, KeyboardInterrupt) as e:
         fail(f"{folder} isn't written ({type(e).__name__}: {e}): the same command writes it anew")
     print(f"{folder}: {len(train):,} + {len(rest):,} characters of {source}; alphabet: {chars!a}")
-
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)

@@ -67,7 +67,6 @@ known = [i < tokenizer.V and not cfg.edit for i in ids]
 if cfg.guidance and not any(known):
     fail("guidance follows what is known, and nothing is: give a text, or leave it out")
 
-
 def write(x, known):
     """Fills x (B, L) in steps, yielding its certainty (B, L); a long x in windows, of which half is known."""
     certainty, last = known.float(), max(0, x.size(1) - block)
@@ -77,7 +76,6 @@ def write(x, known):
             x[:, window], certainty[:, window] = tokens, sure
             yield certainty
         known[:, window] = True
-
 
 # so many samples at once that they fit into a few GB
 n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))

@@ -49,11 +49,9 @@ TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size":
 torch.set_num_threads(1)                    # models this small: more threads only wait for each other,
 os.environ["OMP_NUM_THREADS"] = "1"         # for minutes if another program needs a core
 
-
 def build(process, V, **settings):
     torch.manual_seed(0)
     return PROCESSES[process](Config(process=process, **TINY | settings), V).eval()
-
 
 def stir(module, size=0.2):
     """Moves the weights from where they start, at which much is zero."""
@@ -61,23 +59,19 @@ def stir(module, size=0.2):
         for p in module.parameters():
             p.add_(size * torch.randn_like(p))
 
-
 def unknown(B, T):
     """x and known of B texts of T unknown tokens."""
     return torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
 
-
 def data_and_times():
     """x0 (8, 32) of 11 tokens, and times in pairs for it."""
     return torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
-
 
 def is_distributed(tokens, weights):
     """Whether tokens (n,) are drawn in proportion to weights (V,), within five standard errors each."""
     truth = weights / weights.sum()
     share = torch.bincount(tokens, minlength=len(weights)) / len(tokens)
     return bool(((share - truth).abs() < 5 * (truth * (1 - truth) / len(tokens)).sqrt() + 1e-9).all())
-
 
 # ---- exact posteriors of a first-order Markov chain: what each position may be, by forward-backward
 
@@ -88,14 +82,12 @@ START = torch.linalg.matrix_power(CHAIN, 200)[0]                                
 PAIRS = START[:, None] * CHAIN                                                  # of two tokens in a row
 CHAIN_NATS = float(-(START * START.log()).sum() - (T_CHAIN - 1) * (PAIRS * CHAIN.log()).sum()) / T_CHAIN
 
-
 def chain_draw(n):
     x = torch.zeros(n, T_CHAIN, dtype=torch.long)
     x[:, 0] = draw(START.expand(n, -1))
     for i in range(1, T_CHAIN):
         x[:, i] = draw(CHAIN[x[:, i - 1]])
     return x
-
 
 def chain_posterior(evidence):
     """log p(token | all evidence) at each position; evidence (B, T, V) are likelihoods up to a factor."""
@@ -105,7 +97,6 @@ def chain_posterior(evidence):
         forward[:, i] = F.normalize(forward[:, i - 1] @ CHAIN * evidence[:, i], p=1, eps=0)
         backward[:, -1 - i] = F.normalize((backward[:, -i] * evidence[:, -i]) @ CHAIN.T, p=1, eps=0)
     return F.normalize(forward * backward, p=1, dim=-1, eps=0).log().clamp(min=-60)
-
 
 def exact_chain(process, **constants):
     """The process with its network replaced by the chain's posterior, and constants of its class changed."""
@@ -125,7 +116,6 @@ def exact_chain(process, **constants):
 
     model.denoise = locals()[process]
     return model
-
 
 @pytest.mark.parametrize("process, constants, above", [
     ("masked", {}, 0), ("embed", {}, 0), ("embed", {"CURVE": (30, 9)}, 0), ("embed", {"CURVE": (2, 2)}, 0),
@@ -147,7 +137,6 @@ def test_bound_of_the_exact_posterior_is_the_entropy_that_of_another_is_above(pr
     excess, se = mean_bound(50)
     assert excess > 4 * se
 
-
 @pytest.mark.parametrize("process, steps, settings", [
     ("masked", 12, {}), ("masked", 150, {"remask": 0.1}), ("masked", 150, {"noise": 0.6}),
     ("masked", 12, {"order": "confidence"}), ("masked", 12, {"order": "entropy", "threshold": 0.999}),
@@ -161,7 +150,6 @@ def test_samples_of_the_exact_posterior_have_the_chains_transitions(process, ste
     assert chance + 0.1 < kept < 0.95 if "noise" in settings else abs(kept - chance) < 0.02
     assert is_distributed((y[:, :-1] * V_CHAIN + y[:, 1:]).flatten(), PAIRS.flatten())
 
-
 @pytest.mark.parametrize("process, w", [("masked", 0.0), ("masked", 0.5), ("masked", 2.0), ("embed", 0.0)])
 def test_infill_follows_the_true_conditional_over_the_marginal_to_the_power_of_guidance(process, w):
     torch.manual_seed(0)
@@ -169,7 +157,6 @@ def test_infill_follows_the_true_conditional_over_the_marginal_to_the_power_of_g
     *_, (y, _) = exact_chain(process).sample(x, known, {"masked": 3, "embed": 100}[process], guidance=w)
     assert (y[:, ::2] == x[:, ::2]).all()
     assert is_distributed(y[:, 1], (CHAIN[2] * CHAIN[:, 5]) ** (1 + w) / START ** w)
-
 
 def test_guidance_of_embed_makes_what_fits_the_known_tokens_likelier():
     torch.manual_seed(0)
@@ -180,7 +167,6 @@ def test_guidance_of_embed_makes_what_fits_the_known_tokens_likelier():
         means.append(float(truth.log()[y[:, 1]].mean()))
     assert means[0] + 0.1 < means[1] < means[2] - 0.02, means
 
-
 # ---- exact counts and identities
 
 def test_uniform_logits_cost_exactly_log_V():
@@ -188,7 +174,6 @@ def test_uniform_logits_cost_exactly_log_V():
     model.denoise = lambda xt, t, **_: torch.zeros(*xt.shape, 65)
     bound = model.nelbo(torch.randint(65, (8, 32)), torch.rand(8))
     assert torch.allclose(bound, torch.full((8,), math.log(65)), atol=1e-5)
-
 
 def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
     V, T = 3, 4
@@ -215,7 +200,6 @@ def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
         per_k.append(torch.stack(bounds).mean())
     assert abs(torch.stack(per_k).mean() - torch.stack(chain).mean()) < 1e-5
 
-
 @pytest.mark.parametrize("T", [1, 7, 32, 100, 1000])
 def test_masks_are_exact_and_mirrored(T):
     model, x0 = build("masked", 5), torch.zeros(16, T, dtype=torch.long)
@@ -225,7 +209,6 @@ def test_masks_are_exact_and_mirrored(T):
         assert torch.equal(k, (t.double() * T).floor().long() + 1) and ((xt == 5) | (xt == 0)).all()
         assert (k[:8] + k[8:] == T + 1).all()
     assert (model.corrupt(x0[:2], torch.tensor([0.0, 1.0])) == 5).sum(1).tolist() == [1, T]
-
 
 def test_times_are_stratified_over_the_whole_step_and_crops_cover_the_split():
     t = times(np.random.default_rng(0), 4, 8)
@@ -243,7 +226,6 @@ def test_times_are_stratified_over_the_whole_step_and_crops_cover_the_split():
     x = crops(np.arange(40, dtype=np.uint16), np.random.default_rng(0), 500, 8)
     assert x.dtype == torch.int64 and x.min() == 0 and x.max() == 39 and (x.diff() == 1).all()
 
-
 def test_head_at_masked_positions_gives_the_losses_and_gradients_of_the_full_head():
     model, (x0, t) = build("masked", 11), data_and_times()
     xt = model.corrupt(x0, t)
@@ -254,7 +236,6 @@ def test_head_at_masked_positions_gives_the_losses_and_gradients_of_the_full_hea
         assert abs((full - short).item()) < 1e-5
         gradients = [torch.autograd.grad(x, model.parameters(), retain_graph=True) for x in (short, full)]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
-
 
 @pytest.mark.filterwarnings("ignore:.*script_method")                           # of torch's own compiler
 def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number():
@@ -269,7 +250,6 @@ def test_compiled_training_is_eager_training_and_unpaired_times_give_no_number()
     xt = torch.full_like(x0, 11)
     assert torch.isnan(model(x0, torch.ones(8)))                                # no pairs: no wrong number
 
-
 def test_hidden_tokens_cost_what_the_frequencies_leave():
     model, (x0, t) = build("embed", 11), data_and_times()
     torch.nn.init.zeros_(model.head.weight)                                     # the context tells nothing
@@ -279,7 +259,6 @@ def test_hidden_tokens_cost_what_the_frequencies_leave():
     assert abs(model(x0, t).item() - alone.item()) < 1e-5
     model.HIDDEN_SHARE = 0.0
     assert model(x0, t) < alone - 0.1
-
 
 def test_the_schedules_slope_is_its_derivative_and_a_known_token_is_clean():
     model = build("embed", 11)
@@ -292,7 +271,6 @@ def test_the_schedules_slope_is_its_derivative_and_a_known_token_is_clean():
     xt = model.table()[x0].where(known[..., None], torch.randn(2, 32, model.D))
     p = model.alone(xt, torch.ones(2), known).softmax(-1)
     assert (p.gather(-1, x0[..., None])[known] > 0.999).all() and p[~known].amax() < 0.9
-
 
 def test_network_sees_all_positions_and_the_time_and_drops_in_training_only():
     net = build("masked", 11).net
@@ -313,7 +291,6 @@ def test_network_sees_all_positions_and_the_time_and_drops_in_training_only():
     stir(net)
     assert torch.equal(net(x, t), net(x, t)) and not torch.equal(net.train()(x, t), net(x, t))
 
-
 # ---- GPUs, without one: tensors that say they are elsewhere, and what torch.compile makes of a step
 
 class Elsewhere(torch.Tensor):
@@ -329,7 +306,6 @@ class Elsewhere(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, *_):
         raise AssertionError(f"{function} outside of Watch")
-
 
 class Watch(TorchDispatchMode):
     """Computes with what is Elsewhere; raises where both devices meet; notes what makes the host wait."""
@@ -349,7 +325,6 @@ class Watch(TorchDispatchMode):
         out = function(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
         stays = str(target) == "meta" or there and str(target) != "cpu"
         return tree_map(lambda x: Elsewhere(x) if stays and isinstance(x, torch.Tensor) else x, out)
-
 
 @pytest.mark.parametrize("process, waits, settings", [
     ("masked", 1, [({}, 9), ({"guidance": 1.0}, 9), ({"top_p": 0.5, "noise": 0.5}, 9),
@@ -378,7 +353,6 @@ def test_nothing_mixes_devices_and_the_host_waits_as_seldom_as_it_can(process, w
             assert isinstance(tokens, Elsewhere) and isinstance(certainty, Elsewhere)
             assert watch.waits == waits_of_a_sample, setting
 
-
 @pytest.mark.parametrize("process", PROCESSES)
 def test_a_compiled_step_is_one_graph_and_stays_it(process):
     model, counter = build(process, 11, dropout=0.1).train(), CompileCounter()
@@ -387,7 +361,6 @@ def test_a_compiled_step_is_one_graph_and_stays_it(process):
         x0, t = torch.randint(11, (8, 32)), times(np.random.default_rng(step), 1, 8)[0]
         model(x0, t).backward()
     assert counter.frame_count == 1
-
 
 # ---- samplers
 
@@ -424,7 +397,6 @@ def test_every_sampler_setting_keeps_known_tokens_and_its_promises(process):
             assert tokens.shape == certainty.shape == (B, T) and 0 <= certainty.min() and certainty.max() <= 1
         assert 0 <= tokens.min() and tokens.max() < 11
 
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_masked_step_reveals_what_the_grid_says(schedule):
     model = build("masked", 11)
@@ -437,7 +409,6 @@ def test_each_masked_step_reveals_what_the_grid_says(schedule):
             assert all(abs(a - b) <= 1.51 for a, b in zip(left, grid))
         if schedule == "linear":
             assert max(a - b for a, b in itertools.pairwise(left)) <= -(-30 // min(steps, 30)) + 1
-
 
 def test_what_is_certain_goes_first_and_above_the_threshold_at_once():
     p = torch.tensor([[0.5, 0.5, 0.0], [0.45, 0.05, 0.5], [0.4, 0.3, 0.3]])
@@ -458,7 +429,6 @@ def test_what_is_certain_goes_first_and_above_the_threshold_at_once():
     certain[:] = True
     assert len(list(model.sample(*unknown(2, 6), 6, threshold=0.9))) == 2       # all certain: one call
 
-
 def test_draws_follow_the_probabilities_and_never_take_a_zero():
     torch.manual_seed(0)
     p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
@@ -470,7 +440,6 @@ def test_draws_follow_the_probabilities_and_never_take_a_zero():
     tail[:, 1:] = 2.0 ** -40
     assert (draw(tail) > 0).sum() <= 1
 
-
 def test_truncation_keeps_the_likeliest():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 0.0]])        # .644, .237, .087, .032; ties
     for settings, kept in [((1.0, 0, 1.0), [4, 4]), ((1.0, 2, 1.0), [2, 2]), ((1.0, 0, 0.7), [2, 2]),
@@ -481,7 +450,6 @@ def test_truncation_keeps_the_likeliest():
         assert torch.allclose(p, truth / truth.sum(-1, keepdim=True)), settings
     assert torch.allclose(probabilities(logits, 2.0, 0, 1.0), (logits / 2).softmax(-1))
     assert probabilities(logits, 1e-20, 0, 1.0)[0].tolist() == [1, 0, 0, 0]     # beyond float32
-
 
 # ---- settings
 
@@ -506,7 +474,6 @@ def test_settings_come_from_defaults_file_and_flags_and_choices_are_the_codes(tm
     loaded = {name: load(Config, [f"{folder}/{name}"]) for name in os.listdir(folder) if ".py" in name}
     assert len(loaded) > 4 and loaded["shakespeare_cpu.py"] == Config()         # the default
 
-
 @pytest.mark.parametrize("flag, words", [
     ("--n_layr=3", "--n_layr --help"), ("--n_layer", "n_layer expected one argument"),
     ("--n_layer=many", "n_layer 'many' whole number from 1"), ("--n_layer=2.5", "n_layer '2.5' whole"),
@@ -529,7 +496,6 @@ def test_a_wrong_setting_is_named_in_one_sentence(flag, words, tmp_path, monkeyp
         load(SampleConfig if flag[2:].split("=")[0] in of_sampling else Config, [flag])
     assert all(word in stop.value.code for word in words.split()) and "\n" not in stop.value.code
 
-
 # ---- the scripts, as a user runs them: in an empty folder, in this process unless it takes several
 
 def script(name, *argv):
@@ -546,7 +512,6 @@ def script(name, *argv):
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
 
-
 def refused(name, *argv):
     """The one sentence with which a script refuses argv."""
     with pytest.raises(SystemExit) as stop:
@@ -554,12 +519,10 @@ def refused(name, *argv):
     assert "\n" not in stop.value.code
     return stop.value.code
 
-
 def python(*argv):
     """Runs a program in a process of its own; it has ended."""
     return subprocess.run([sys.executable, *argv], env=os.environ | {"PYTHONPATH": HERE}, capture_output=True,
                           text=True, check=False)
-
 
 def put(files):
     """Writes files, {path: bytes or text}, and the folders they are in."""
@@ -568,16 +531,13 @@ def put(files):
         with open(path, "wb") as f:
             f.write(content if isinstance(content, bytes) else content.encode())
 
-
 def everything(folder):
     """{path: bytes} of all that is in a folder."""
     paths = [path for path in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(path)]
     return {path: open(path, "rb").read() for path in paths}
 
-
 SMALL = [f"--{k}={v}" for k, v in TINY.items()] + ["--dataset=text", "--eval_iters=2", "--eval_interval=4",
                                                    "--max_iters=8", "--warmup_iters=2"]
-
 
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory):
@@ -589,12 +549,10 @@ def text_dir(tmp_path_factory):
     script("train.py", *SMALL)
     return path
 
-
 @pytest.fixture
 def here(text_dir):
     os.chdir(text_dir)
     return text_dir
-
 
 # ---- preparation: any text to characters, many documents to byte pairs
 
@@ -611,9 +569,7 @@ def folder(tmp_path, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tmp_path
 
-
 TEXT = "Grüße, 世界!\r\n" * 50
-
 
 @pytest.mark.parametrize("name, content, argv, cut", [
     ("t.txt", TEXT.encode(), [], 540), ("t.txt", TEXT.encode("utf-8-sig"), [], 540),
@@ -631,7 +587,6 @@ def test_characters_are_written_as_they_are(folder, name, content, argv, cut):
     assert meta == {"chars": chars, "vocab_size": len(chars), "source": name, "train_tokens": cut,
                     "val_tokens": len(val)}
 
-
 def interrupt(at, replace=os.replace):
     """An os.replace that is interrupted at a call of that number, or of that file."""
     calls = itertools.count(1)
@@ -641,7 +596,6 @@ def interrupt(at, replace=os.replace):
             raise KeyboardInterrupt
         replace(source, target)
     return stopping
-
 
 def test_tiny_shakespeare_or_the_text_inside_python(folder, monkeypatch, capsys):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: io.BytesIO(b"<html>not found</html>"))
@@ -653,13 +607,11 @@ def test_tiny_shakespeare_or_the_text_inside_python(folder, monkeypatch, capsys)
     assert "KeyboardInterrupt" in refused("prepare_shakespeare.py", "--input", "abc.txt")
     assert not os.path.exists("data/shakespeare/meta.json")
 
-
 DOCUMENTS = [re.sub("\n\n\n+", "\n\n", topics[name][:1500]).strip() for name in sorted(topics)[:40]] + [
     "ω<|endoftext|>ω"]
 BREAK = "\n<|endoftext|> \r\n"
 PLAIN = BREAK.join(DOCUMENTS).encode()
 LINES = ("\ufeff" + "\n\n".join(json.dumps({"text": text, "id": 1}) for text in DOCUMENTS)).encode()
-
 
 def tar(mode, files):
     """The bytes of an archive of these files."""
@@ -671,12 +623,10 @@ def tar(mode, files):
             archive.addfile(info, io.BytesIO(inside))
     return content.getvalue()
 
-
 ARCHIVE = tar("w", {f"openwebtext/{i}_data.xz": tar("w:xz", {                   # like one of OpenWebText's
     f"{j}.txt": text.replace("\n\n", "\n\n\n\n").encode() for j, text in enumerate(DOCUMENTS[i::5])})
     for i in range(5)})
 SECOND = ARCHIVE.index(b"openwebtext/1_data.xz")
-
 
 @pytest.fixture(scope="session")
 def gpt2():
@@ -684,7 +634,6 @@ def gpt2():
         return Tokenizer({"vocab_size": 50257})
     except SystemExit:
         pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
-
 
 @pytest.fixture
 def owt(folder, gpt2):
@@ -695,7 +644,6 @@ def owt(folder, gpt2):
 
     put({"docs.tar": ARCHIVE})
     return types.SimpleNamespace(prepare=prepare)
-
 
 def bins(dataset):
     """{split: its documents}, in the order they have in data/<dataset>."""
@@ -709,7 +657,6 @@ def bins(dataset):
         found[split] = [tokenizer.decode(tokens[i + 1:j]) for i, j in itertools.pairwise([-1, *ends])]
     assert sorted(os.listdir(f"data/{dataset}")) == ["meta.json", "train.bin", "val.bin"]
     return found
-
 
 @pytest.mark.parametrize("name, content", [
     ("a.txt", PLAIN), ("b.TXT.XZ", lzma.compress(PLAIN)), ("c.txt.gz", gzip.compress(PLAIN)),
@@ -728,7 +675,6 @@ def test_documents_of_every_kind_become_the_same_tokens(owt, name, content):
     assert DOCUMENTS[0] not in chosen and len(chosen) > 3
     assert sorted(found["val"]) == sorted([DOCUMENTS[0], *chosen])              # the first goes there, too
 
-
 def test_folders_are_read_once_without_what_is_held_out(owt, capsys):
     put({"in/a.TXT": "first", "in/deep/b.jsonl": '{"content": "second"}', "in/LICENSE": "",
          "in/._c.txt": b"\xff", "in/d.parquet": "", "held.txt": "held out",
@@ -743,7 +689,6 @@ def test_folders_are_read_once_without_what_is_held_out(owt, capsys):
     *pieces, end = bins("y")["train"]
     assert len(pieces) == 4 and max(map(len, pieces)) < 2 ** 20 + 200 and end == "end"
     assert re.sub(r"\s", "", "".join(pieces)) == "alineoftext" * 81_000 + "words" * 200_000
-
 
 def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch):
     put({f"in/{i:02}.txt": text for i, text in enumerate(DOCUMENTS)})
@@ -765,7 +710,6 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch):
             owt.prepare("cut", ["docs.tar", "in"])
         assert os.path.exists("data/cut/meta.json") == (not stop)
     assert sorted(everything("data/cut").values()) == sorted(everything("data/whole").values())
-
 
 def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
     urlopen, requests, status, last = urllib.request.urlopen, [], 206, math.inf
@@ -803,7 +747,6 @@ def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
         server.shutdown()
     assert sorted(itertools.chain(*bins("y").values())) == sorted(DOCUMENTS * 21)
 
-
 @pytest.mark.parametrize("name, content, mended, words", [
     ("boundary.tar", ARCHIVE[:SECOND], ARCHIVE, "cut short"),
     ("header.tar", ARCHIVE[:SECOND + 100], ARCHIVE, "cut short"),
@@ -837,7 +780,6 @@ def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(
     owt.prepare("y", paths)
     assert bins("x") == bins("y") and "another last" in itertools.chain(*bins("x").values())
 
-
 @pytest.mark.parametrize("name, argv, words", [
     ("shakespeare", ["empty.txt"], r"0 \+ 0 characters"), ("shakespeare", ["bytes.txt"], "be read as UTF-8"),
     ("shakespeare", ["a.txt"], "an alphabet of 1$"), ("shakespeare", ["rich.txt"], "an alphabet of 65,568"),
@@ -856,7 +798,6 @@ def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, name, argv, 
     before = everything("data")
     assert re.search(words, refused(f"prepare_{name}.py", "--dataset", "new", "--input", *argv))
     assert everything("data") == before
-
 
 # ---- train.py
 
@@ -885,7 +826,6 @@ def test_training_prints_and_logs_what_it_promises_and_a_model_its_bound(here, c
     script("train.py", "--init_from=printed/model.pt", "--eval_only=True", "--block_size=16")
     assert "but block_size 16 (was 32)" in capsys.readouterr().out
 
-
 def signal_in(call, number, patch, owner, name):
     """Sends this process a signal in that call of owner.name; returns a list with an entry for each call."""
     calls, function = [], getattr(owner, name)
@@ -898,7 +838,6 @@ def signal_in(call, number, patch, owner, name):
 
     patch.setattr(owner, name, counted)
     return calls
-
 
 @pytest.mark.parametrize("process, number", [("masked", signal.SIGTERM), ("embed", signal.SIGHUP)])
 def test_stop_and_resume_is_bit_identical(here, process, number, capfd, monkeypatch):
@@ -921,7 +860,6 @@ def test_stop_and_resume_is_bit_identical(here, process, number, capfd, monkeypa
     assert ([row.split(",")[:4:2] for row in logs[0].split()]
             == [row.split(",")[:4:2] for row in logs[1].split()])
 
-
 def test_a_signal_ends_a_long_step_or_evaluation_which_is_done_again(here, monkeypatch, capsys):
     with monkeypatch.context() as patch:                    # in the second micro-batch of the second step
         calls = signal_in(5, signal.SIGINT, patch, PROCESSES["masked"], "forward")
@@ -938,7 +876,6 @@ def test_a_signal_ends_a_long_step_or_evaluation_which_is_done_again(here, monke
     script("train.py", "--init_from=resume", "--out_dir=long")      # no step is left, but the evaluation
     assert "step 2: val nelbo" in capsys.readouterr().out and load_checkpoint("long/model.pt")["step"] == 2
 
-
 def test_a_new_run_never_starts_in_the_folder_of_another(here):
     shutil.copytree("out", "owned", dirs_exist_ok=True)
     os.symlink("owned/model.pt", "link.pt")
@@ -950,7 +887,6 @@ def test_a_new_run_never_starts_in_the_folder_of_another(here):
     os.remove("owned/ckpt.pt")
     assert "owned/model.pt is" in refused("train.py", *SMALL, "--out_dir=owned")
 
-
 def test_a_best_bound_counts_only_on_the_batches_it_was_measured_on(here, capsys):
     script("train.py", *SMALL, "--out_dir=best")
     ckpt = load_checkpoint("best/ckpt.pt")
@@ -961,7 +897,6 @@ def test_a_best_bound_counts_only_on_the_batches_it_was_measured_on(here, capsys
     script("train.py", "--out_dir=best", "--init_from=resume", "--max_iters=16", "--eval_iters=3")
     assert load_checkpoint("best/model.pt")["step"] == 16
 
-
 def torchrun(n, *flags, node=0, nodes=1):
     """Starts train.py on n processes of one of several nodes, all of them on this machine."""
     port = 29500 + os.getpid() % 1000
@@ -970,7 +905,6 @@ def torchrun(n, *flags, node=0, nodes=1):
          f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
          os.path.join(HERE, "train.py"), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_run_does_not_depend_on_the_number_of_processes(here, process):
@@ -992,7 +926,6 @@ def test_the_run_does_not_depend_on_the_number_of_processes(here, process):
         assert ckpt["step"] == 8 and abs(ckpt["best"] - ckpts[0]["best"]) < 1e-4
         assert all((ckpt["model"][k] - ckpts[0]["model"][k]).abs().max() < 1e-5 for k in ckpt["model"])
 
-
 def test_a_stopped_torchrun_saves(here, monkeypatch):
     run = torchrun(2, *SMALL, "--gradient_accumulation_steps=20000", "--out_dir=stopped")
     while "stopped" not in os.listdir():                    # then its first step begins, which takes minutes
@@ -1006,7 +939,6 @@ def test_a_stopped_torchrun_saves(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert "multiple of the 5 processes" in refused("train.py", *SMALL, "--out_dir=five")
 
-
 def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here):
     put({"new.txt": "The value of an expression.\n" * 40})
     script("prepare_shakespeare.py", "--input", "new.txt", "--dataset", "new", "--like", "out/model.pt")
@@ -1014,7 +946,6 @@ def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here):
            "--learning_rate=0.0", "--adam_lr=0.0")
     old, new = load_checkpoint("out/model.pt")["model"], load_checkpoint("fine/ckpt.pt")["model"]
     assert all(torch.equal(old[key], new[key]) for key in old)
-
 
 @pytest.fixture(scope="session")
 def broken(text_dir):
@@ -1047,7 +978,6 @@ def broken(text_dir):
         os.makedirs(f"bad/{name}")
         torch.save(content, f"bad/{name}/model.pt")
 
-
 @pytest.mark.parametrize("words, flags", [
     ("data/none/meta.json can't be used .* --dataset none", ["--dataset=none"]),
     ("data/broken/meta.json can't be used", ["--dataset=broken"]),
@@ -1070,7 +1000,6 @@ def test_training_refuses_what_it_cannot_use(here, broken, monkeypatch, words, f
     assert os.path.exists("refused") == ("nan" in words)
     shutil.rmtree("refused", ignore_errors=True)
 
-
 @pytest.mark.parametrize("words, flags", [
     ("nowhere/model.pt isn't a .*train first", ["--out_dir=nowhere"]), ("noise is for edit", ["--noise=0.2"]),
     ("'世' isn't in the tokenizer's alphabet", ["--text=世{3}"]),
@@ -1087,14 +1016,12 @@ def test_training_refuses_what_it_cannot_use(here, broken, monkeypatch, words, f
 def test_sampling_refuses_what_it_cannot_use(here, broken, words, flags):
     assert re.search(words, refused("sample.py", *flags))
 
-
 def test_a_full_disk_keeps_the_checkpoint_that_was_there(here, monkeypatch):
     shutil.copytree("out", "full")
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     words = refused("train.py", "--init_from=resume", "--out_dir=full", "--max_iters=12")
     assert "can't be written" in words
     assert (here / "full/ckpt.pt").read_bytes() == (here / "out/ckpt.pt").read_bytes()
-
 
 # ---- sample.py
 
@@ -1103,13 +1030,11 @@ def samples(capsys, *flags):
     out = capsys.readouterr()
     return out.out[:-1].split("\n" + "-" * 80 + "\n"), out.err
 
-
 def drawn(svg):
     """The lines of each picture in an SVG, those of its layers one after the other."""
     name = "{http://www.w3.org/2000/svg}"
     return [[span.text for span in picture.iter(f"{name}tspan")]
             for picture in ElementTree.fromstring(svg).findall(f"{name}g/{name}g")]
-
 
 def listen(monkeypatch, process="masked"):
     """A list that gets the (x, states) of each call of the process's sampler."""
@@ -1123,7 +1048,6 @@ def listen(monkeypatch, process="masked"):
 
     monkeypatch.setattr(PROCESSES[process], "sample", sampler)
     return calls
-
 
 @pytest.mark.parametrize("flags, pattern, counts", [
     (["--text=The{19} of {5}.", "--steps=6"], r"The.{19} of .{5}\.", "72 tokens in 6 network calls"),
@@ -1145,7 +1069,6 @@ def test_sampling_fills_what_is_unknown_and_repeats_itself(here, capsys, flags, 
     other_seed, _ = samples(capsys, "--num_samples=3", *flags, "--seed=2")
     assert (other_seed == texts) == (flags[0] == "--temperature=0")
 
-
 @pytest.mark.parametrize("length, flags", [
     (40, ["--edit=" + 40 * "a"]), (40, ["--edit=" + 40 * "a", "--length=50"]),
     (3, ["--edit=abc", "--length=30"]), (40, ["--text={40}"]),
@@ -1156,7 +1079,6 @@ def test_a_length_that_does_not_fit_is_answered_with_one_that_does(here, capsys,
     advice = re.search(r"--length=\d+", refused("sample.py", *flags))[0]
     texts, _ = samples(capsys, *flags, advice, "--steps=2", "--num_samples=2")
     assert [len(text) for text in texts] == [length] * 2
-
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 @pytest.mark.parametrize("flag", ["--prompt_file", "--edit"])
@@ -1172,7 +1094,6 @@ def test_files_are_read_as_they_are_but_for_the_last_line_end(here, monkeypatch,
     read = Tokenizer(ckpt["meta"]).decode(calls[0][0][0].tolist())
     assert read == text.ljust(32 if flag == "--prompt_file" else 0, "·")
 
-
 def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
@@ -1181,7 +1102,6 @@ def test_watch_draws_every_state_in_a_terminal(here, monkeypatch, capsys):
     frames = capsys.readouterr().err.split("\033[H\033[2J")[1:]
     assert len(frames) == 5 and frames[0].count("\033[2m·") == 8 and frames[-1].count("\033[2m") == 0
     assert sum(f.count("\033[32m") for f in frames) == 8 and all(f.startswith("\033[0mT") for f in frames)
-
 
 def test_a_text_is_rewritten_the_more_the_noise(here, capsys):
     text, kept = 3 * "The value of the expression is", []
@@ -1192,14 +1112,12 @@ def test_a_text_is_rewritten_the_more_the_noise(here, capsys):
         kept.append(sum(a == b for new in texts for a, b in zip(new, text)) / sum(map(len, texts)))
     assert kept[0] > 0.75 > kept[1] > 0.4 > kept[2]
 
-
 def test_noise_of_sampling_is_not_the_embeddings_of_training(here, monkeypatch):
     script("train.py", *SMALL, "--process=embed", "--max_iters=1", "--seed=7", "--out_dir=seed7")
     calls = listen(monkeypatch, "embed")
     script("sample.py", "--out_dir=seed7", "--seed=7", "--steps=1", "--num_samples=1")
     # the same random numbers would make position i look like token i
     assert (calls[0][1][0][0] == torch.arange(32)).float().mean() < 0.2
-
 
 def test_svg_holds_every_state_and_ends_with_the_text(here, capsys, monkeypatch):
     for steps in 4, 128:
@@ -1212,7 +1130,6 @@ def test_svg_holds_every_state_and_ends_with_the_text(here, capsys, monkeypatch)
         assert dots == sorted(dots, reverse=True) and dots[0] > 150 and dots[-1] == 0
         assert re.sub(r"\s", "", "".join(pictures[-1])) == re.sub(r"\s", "", text)
 
-
 @pytest.mark.parametrize("text, lines", [
     (64 * "a" + "\nb", [64 * "a", "b"]), (65 * "a", [64 * "a", "a"]), ("a\n\nb", ["a", "b"]),
     ("世世<", ["世世<"]), (33 * "世", [32 * "世", "世"]), ("a\x07\tb", ["a  b"])])
@@ -1223,7 +1140,6 @@ def test_svg_lays_text_out_in_lines_and_columns_which_earlier_pictures_keep(text
     for old, new in zip(first, last):                   # in a column: no 世, but ·, if it fits
         assert sum(1 + (c == "世") for c in old) <= sum(1 + (c == "世") for c in new) + 1
 
-
 def test_pieces_of_byte_pairs_keep_halves_of_characters_together(gpt2):
     ids = gpt2.encode("a 世界🙂")
     pieces = gpt2.pieces(ids)
@@ -1232,12 +1148,10 @@ def test_pieces_of_byte_pairs_keep_halves_of_characters_together(gpt2):
     assert gpt2.decode([*ids[:-1], gpt2.V]).endswith("�·")
     assert gpt2.decode(ids[:-1]).endswith("�") and gpt2.decode([]) == ""
 
-
 # ---- all of it: a small model learns English far beyond its letter frequencies
 
 def entropy(share):
     return -(share[share > 0] * np.log(share[share > 0])).sum()
-
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_end_to_end_a_model_learns_english_and_does_not_collapse(here, process):
@@ -1271,7 +1185,6 @@ def test_end_to_end_a_model_learns_english_and_does_not_collapse(here, process):
     share = np.bincount(x.flatten().numpy(), minlength=model.V) / x.numel()
     assert share.max() < 1.5 * real[share.argmax()] and entropy(share) > entropy(real) - 0.3
 
-
 @pytest.mark.parametrize("process", PROCESSES)
 def test_byte_pairs_train_and_padding_is_never_sampled(owt, process, capsys):
     owt.prepare("openwebtext", ["docs.tar"])
@@ -1286,10 +1199,8 @@ def test_byte_pairs_train_and_padding_is_never_sampled(owt, process, capsys):
     script("sample.py", "--text=The {3} of", "--num_samples=2", "--steps=2")
     assert capsys.readouterr().out.count("The") == 2
 
-
 def test_ablations_change_what_is_there():
     assert "is none of [('masked', 'as it is')" in refused("results/ablations.py", "masked", "no such one")
-
 
 def test_bench_measures_both_processes_beside_a_gpt(here, monkeypatch, capsys):
     clock = time.perf_counter                               # runs ten times as fast, for fewer rounds

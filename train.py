@@ -55,13 +55,11 @@ for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SI
     if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores it, and so do we
         signal.signal(number, lambda *_: signals.append(1))     # a plain list: safe at any moment
 
-
 def total(tensor):
     """The sum of a tensor over all processes."""
     if world > 1:
         dist.all_reduce(tensor)
     return tensor
-
 
 def share(n):
     """Yields this process's part of 0 ... n - 1, in turns; all stop before the next, once signalled."""
@@ -71,7 +69,6 @@ def share(n):
         if first + rank < n:
             yield first + rank
 
-
 # ---- data
 if cfg.dataset == "shakespeare" and master and not os.path.exists("data/shakespeare"):
     prepare_shakespeare.prepare()
@@ -79,14 +76,12 @@ total(torch.zeros(1))                                   # the others wait for th
 meta, splits = load_data(cfg.dataset, T)
 tokenizer, n_ids = Tokenizer(meta), meta["vocab_size"]  # n_ids is V, if that isn't padded
 
-
 def batch(split, t, *key):
     """x0 and t (B,) on the device. Crops x0 (B, T) depend on key alone; it seeds noise and dropout, too."""
     rng = np.random.default_rng((0, *key))              # (1, *key) is for the times
     x0 = crops(splits[split], rng, B, T)
     torch.manual_seed(int(rng.integers(2 ** 63)))
     return [(x.pin_memory() if on_cuda else x).to(cfg.device, non_blocking=on_cuda) for x in (x0, t)]
-
 
 # ---- model, averaged model, optimizers
 torch.manual_seed(cfg.seed)
@@ -135,7 +130,6 @@ def save(**measures):
         "model": model.state_dict(), "ema": ema.state_dict(), "best": best, "log": log,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
-
 @torch.no_grad()
 def evaluate(train_loss):
     """Prints the bound on the validation split and a row of measures for each t; logs, saves and samples."""
@@ -166,7 +160,6 @@ def evaluate(train_loss):
     known = torch.zeros(4 if step == cfg.max_iters else 1, T, dtype=torch.bool, device=cfg.device)
     *_, (tokens, _) = ema.sample(known.long(), known, min(T, 128))
     say("\n".join(["-" * 80] + [tokenizer.decode(row) + "\n" + "-" * 80 for row in tokens.tolist()]))
-
 
 # ---- training
 if cfg.eval_only:

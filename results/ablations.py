@@ -49,7 +49,6 @@ VARIANTS = {
             "        return self.denoise(xt, t).softmax(-1)\n        second = self.denoise(xt, t, "},
         "first order": {"2 * sc - before": "sc"}}}                              # the sampler's estimate
 
-
 def changed(file, changes):
     """The file's code, with each text replaced by another; raises where it isn't there, or not only once."""
     source = (ROOT / file).read_text(encoding="utf-8")
@@ -57,7 +56,6 @@ def changed(file, changes):
         assert source.count(old) == 1, f"{file} has {old!r} {source.count(old)} times, not once"
         source = source.replace(old, new)
     return compile(source, ROOT / file, "exec")
-
 
 process, name, *flags = sys.argv[1:]
 training = changed("train.py", {"    nelbo, se = total(": "    global nelbo, se\n    nelbo, se = total("})

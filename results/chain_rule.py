@@ -21,7 +21,6 @@ def report(name, nats):
     """Mean over crops and its standard error; each crop counts as one."""
     print(f"{name:30} {nats.mean():.4f} ± {nats.std() / len(nats) ** 0.5:.4f} nats/token", flush=True)
 
-
 torch.set_grad_enabled(False)
 folder, n = sys.argv[1], int(sys.argv[2])
 model, _, cfg, _ = load_model(f"{folder}/model.pt")

@@ -21,12 +21,10 @@ from diffusion import Embed
 
 minutes, flags, folder = float(sys.argv[1]), sys.argv[2:], tempfile.TemporaryDirectory()
 
-
 def say(line):
     with open(HERE / "gpu.md", "a", encoding="utf-8") as f:
         f.write(line + "\n")
     print(line, flush=True)
-
 
 def run(script, *settings):
     """(what it printed, or the end of its errors, and seconds)"""
@@ -34,10 +32,8 @@ def run(script, *settings):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stderr[-500:] if done.returncode else done.stdout, time.time() - start
 
-
 def train(*settings):
     return run("train.py", *flags, f"--out_dir={folder.name}/{time.time()}", *settings)
-
 
 say(f"\n## {time.ctime()}: torch {torch.__version__}, CUDA {torch.version.cuda}, flags {flags}\n")
 for process in "masked", "embed":

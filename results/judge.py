@@ -50,7 +50,6 @@ class Judge:
                 "entropy": -sum(p * math.log(p) for p in share.values()),
                 "top share": share[top] / self.frequency[top]}
 
-
 if __name__ == "__main__":
     judge = Judge(sys.argv[1])
     samples = sys.stdin.read()[:-1].split("\n" + "-" * 80 + "\n")

@@ -22,7 +22,6 @@ SETTINGS = {"masked": {}, "masked, order confidence": {"order": "confidence"},
             "embed": {}, "embed, eta 0.5": {"eta": 0.5}, "embed, eta 0.0": {"eta": 0.0}}
 STEPS = 4, 8, 16, 32, 64, 128, 256
 
-
 def measure(model, judge, tokenizer, T, steps, settings):
     """Of 64 samples: network calls, seconds, and the judge's 5-gram nats, share of real words and entropy."""
     calls = []
@@ -36,7 +35,6 @@ def measure(model, judge, tokenizer, T, steps, settings):
     nats, real, entropy, _ = judge([tokenizer.decode(ids) for ids in tokens.tolist()]).values()
     return len(calls), seconds, nats, real, entropy
 
-
 def table(folder):
     model, tokenizer, cfg, _ = load_model(f"{folder}/model.pt")
     judge = Judge(f"data/{cfg.dataset}")
@@ -45,7 +43,6 @@ def table(folder):
             if cfg.process == "embed" or "remask" in settings or steps <= cfg.block_size:
                 calls, *row = measure(model, judge, tokenizer, cfg.block_size, steps, settings)
                 print("| {} | {} | {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |".format(name, steps, calls, *row))
-
 
 def plot(path, picture):
     from matplotlib import pyplot as plt
@@ -62,7 +59,6 @@ def plot(path, picture):
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(picture, dpi=110)
-
 
 if __name__ == "__main__":
     if sys.argv[1] == "plot":
