@@ -118,16 +118,13 @@ def load(cls, argv=None, defaults=None):
         bare = {"nargs": "?", "const": True} if f.type in (truth, maybe) else {}        # bare: True
         parser.add_argument(f"--{f.name}", metavar=repr(f.default), help=comments.get(f.name), **bare)
     settings = vars(parser.parse_intermixed_args(argv))                         # the given ones, as text
-    if path := settings.pop("config", None):
-        try:
-            file = [f"--{name}={value}" for name, value in runpy.run_path(path).items() if name[0] != "_"]
-        except Exception as e:  # noqa: BLE001 (the file is the user's code)
-            fail(f"{path} can't be read as a config file: {type(e).__name__}: {e}")
-        settings = vars(parser.parse_intermixed_args(file)) | settings
     try:
+        if path := settings.pop("config", None):
+            file = [f"--{name}={value}" for name, value in runpy.run_path(path).items() if name[0] != "_"]
+            settings = vars(parser.parse_intermixed_args(file)) | settings
         return cls(**(defaults or {}) | settings)
-    except ValueError as e:
-        fail(e)
+    except Exception as e:  # noqa: BLE001 (the config file is the user's code)
+        fail(e if type(e) is ValueError else f"{path} can't be read: {type(e).__name__}: {e}")
 
 def hardware(cfg):
     """cfg with device, dtype and compile decided for this machine and process; exits where it lacks one."""

@@ -29,14 +29,13 @@ ORDERS = {          # which [MASK]s go first: those with the highest value (K,) 
 
 def times(rng, n_micro, B, bell=False):
     """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset. Rows i and
-    i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn, so each is
-    spread by itself. All are odd multiples of 2^-23: exact in float32, and t T is never whole. With bell, for
-    training, normal around .5: nearly clean and nearly destroyed text teach less (arXiv:2605.13026)."""
+    i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn. With bell, for
+    training, most are near 1/2: nearly clean and nearly destroyed text teach less (arXiv:2605.13026)."""
     n_pairs = n_micro * B // 2
     t = (rng.random() + torch.arange(n_pairs, dtype=torch.float64) / n_pairs) % 1
     if bell:        # .5 + .2 z within [0, 1], by the inverse distribution function; P(z < -2.5) = .00621
         t = 0.5 + 0.2 * torch.special.ndtri(0.00621 + 0.98758 * t)
-    t = (2 * (t * 2 ** 22).floor() + 1) / 2 ** 23
+    t = (2 * (t * 2 ** 22).floor() + 1) / 2 ** 23           # exact in float32, and t T is never whole
     t = t.view(B // 2, n_micro).T
     return torch.cat((t, 1 - t), dim=1).float()
 
@@ -63,8 +62,7 @@ def probabilities(logits, temperature, top_k, top_p):
 
 def draw(p):
     """One index (K,) per row of the probabilities p (K, V), which need not sum to 1. By inversion in float64:
-    float32 Gumbel noise can't reach the tail of a large vocabulary, and silently lowers the entropy of
-    samples (arXiv:2409.02908)."""
+    Gumbel noise in float32 lowers the entropy of samples from large vocabularies (arXiv:2409.02908)."""
     cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
     u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=p.size(1) - 1)
@@ -81,8 +79,8 @@ class Masked(nn.Module):
         self.register_buffer("bias", torch.zeros(V))    # of the head; train.py puts the log-frequencies there
 
     def corrupt(self, x0, t):
-        """x0 (B, T) with exactly k = floor(t T) + 1 random tokens of each row replaced by V. If t is uniform,
-        so is k on 1..T; and at 1 - t it is T + 1 - k."""
+        """x0 (B, T) with exactly k = floor(t T) + 1 random tokens of each row replaced by V: for uniform t, k
+        is uniform on 1..T; at 1 - t it is T + 1 - k."""
         T = x0.size(1)
         k = ((t * 2 ** 40).long() * T // 2 ** 40 + 1).clamp(max=T)              # whole numbers: no rounding
         return x0.masked_fill(choose(torch.rand(x0.shape, device=x0.device), k), self.V)
@@ -169,8 +167,7 @@ class Masked(nn.Module):
                 reveal |= nowhere.masked_scatter(masked, p.amax(1)) > threshold
                 logits = logits[reveal[masked]]
             x = x.masked_scatter(reveal, draw(probabilities(logits, temperature, top_k, top_p)))
-            if remask:
-                x = x.masked_fill(lot(shown, back), self.V)
+            x = x.masked_fill(lot(shown, back), self.V)
             yield x, (x != self.V).float()
 
 class Embed(nn.Module):
@@ -239,8 +236,7 @@ class Embed(nn.Module):
         Where known (B, T) is True, xt holds the embedding itself, without noise."""
         alone = self.alone(xt, t, known)
         sc = self.estimate(alone).detach() if sc is None else sc
-        # the network normalises its input: without a vector that is always there, it couldn't see how long,
-        # that is how sure, an estimate is
+        # the network normalises its input: beside a vector that is always there, it sees how sure sc is
         h = self.stem(xt) + self.stem_sc(sc) + self.stem_bias
         return alone + self.head(self.net(h, t)).float()
 
@@ -301,8 +297,7 @@ class Embed(nn.Module):
         """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps; tokens are the
         likeliest, certainty is their probability. x (B, T) counts where known (B, T) and, with noise below 1,
         elsewhere: it is noised to t = noise. eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33),
-        eta 0 deterministic (DDIM, arXiv:2010.02502, eq. 12). guidance is as in Masked; where it hides known
-        tokens, it noises them like the others."""
+        eta 0 deterministic (DDIM, arXiv:2010.02502, eq. 12). guidance, as in Masked, noises what it hides."""
         E, place = self.table(), known[..., None]
         given, eps = E[x.where(known, 0)], torch.randn(*x.shape, self.D, device=x.device)
         start = eps if noise == 1 else self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))

@@ -22,13 +22,11 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for shape in dict.fromkeys(p.shape for p in group["params"]):
             params = [p for p in group["params"] if p.shape == shape]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["average"] = torch.zeros_like(p)
-            grads, averages = [p.grad for p in params], [self.state[p]["average"] for p in params]
-            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(grads, averages, group["momentum"])
-            update = orthogonalise(torch.stack(nesterov).to(group["dtype"])).float()
+            grads, state = torch.stack([p.grad for p in params]), self.state[params[0]]
+            if not state:
+                state["average"] = torch.zeros_like(grads)                      # (n, rows, columns)
+            average = state["average"].lerp_(grads, 1 - group["momentum"])
+            update = orthogonalise(grads.lerp(average, group["momentum"]).to(group["dtype"])).float()
             lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5               # equal steps for each output
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update), alpha=-lr)
