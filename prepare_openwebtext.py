@@ -79,11 +79,7 @@ def documents(name, stream):
         return
     lines, text = io.TextIOWrapper(unpacked(name, stream), "utf-8-sig", newline=""), ""
     if re.search(r"(?i)\.(json|jsonl|ndjson)(\.xz|\.gz)?$", name):
-        for n, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)[args.field] + "" if line.strip() else ""
-            except (ValueError, LookupError, TypeError):
-                fail(f'{name}, line {n}: not a JSON object with a string "{args.field}" (see --field)')
+        yield from (json.loads(line)[args.field] + "" for line in lines if line.strip())
         return
     for line in iter(lambda: lines.readline(LONGEST), ""):
         separator = line.strip() == "<|endoftext|>"
@@ -99,20 +95,17 @@ def encoded(path):
         texts = filter(None, map(str.strip, documents(path, stream)))
         while batch := [*islice(texts, 16 * os.cpu_count())]:           # no more than this in memory
             for text, ids in zip(batch, bpe.encode_ordinary_batch(batch, num_threads=os.cpu_count())):
-                key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
-                yield int(key, 16) / 2 ** 64, np.array([*ids, 50256], np.uint16)        # <|endoftext|>
+                key = int(hashlib.blake2b(text.encode("utf-8", "replace")).hexdigest(), 16) / 2 ** 512
+                yield key, np.array([*ids, 50256], np.uint16)           # <|endoftext|>
 
 # ---- the files to read, each once: {real path: (path, share of documents for validation, size, time)}
 share = 0 if args.val else args.val_share
 sources, marks = {} if args.input else {url: (url, share) for url in map(URL.format, range(21))}, [""]
 for given, share in [(path, share) for path in args.input] + [(path, 1) for path in args.val]:
     names = glob.glob(f"{glob.escape(given)}/**", recursive=True) if os.path.isdir(given) else [given]
-    files = [name for name in sorted(names) if os.path.isfile(name)]            # no dead links
-    known = [name for name in files if READ.match(os.path.basename(name))]
+    known = [name for name in sorted(names) if os.path.isfile(name) and READ.match(os.path.basename(name))]
     if not known:
         fail(f"{given} is neither a file nor a folder of files of a kind that is read: see --help")
-    if len(known) < len(files):
-        print(f"LEFT OUT in {given}, of no kind that is read: {len(files) - len(known):,} files")
     for name in known:
         sources[os.path.realpath(name)] = name, share, os.path.getsize(name), os.path.getmtime(name)
 for source in sources.values():                         # fingerprints of settings and files until here
@@ -120,7 +113,7 @@ for source in sources.values():                         # fingerprints of settin
 
 # ---- their tokens; the journal has the mark of the last whole file, and the sizes of the bins behind it
 path = folder = Path("data", args.dataset)
-journal, done, kept = folder / "progress.json", {"mark": "", "train": 0, "val": 0}, 0
+journal, meta_path, kept = folder / "progress.json", folder / "meta.json", 0
 try:
     bpe, command = Tokenizer({"vocab_size": 50257}).bpe, shlex.join(["python", *sys.argv])
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,13 +122,10 @@ try:
         if os.name == "posix":                          # two processes would mix their tokens
             import fcntl
             fcntl.flock(train, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if journal.exists():
-            done = json.loads(journal.read_bytes())
-        elif (folder / "meta.json").exists():
-            fail(f"{folder} is finished: delete it to prepare it anew, or name another --dataset")
+        new = {"mark": None if meta_path.exists() else "", "train": 0, "val": 0}        # None: it is finished
+        done = json.loads(journal.read_bytes()) if journal.exists() else new
         if done["mark"] not in marks or train.tell() < done["train"] or val.tell() < done["val"]:
-            fail(f"what {journal} says is done isn't as it was (files, --field, --val_share): repeat "
-                 f"{done['command']} with the same files, or delete that journal to start over")
+            fail(f"{folder} is finished, or begun with other files or settings: delete it, or pass --dataset")
         train.seek(train.truncate(done["train"]))       # what was written behind the last whole file goes
         val.seek(val.truncate(done["val"]))
         for mark, (path, share, *_) in [*zip(marks, sources.values())][marks.index(done["mark"]):]:
@@ -152,8 +142,9 @@ try:
                 bar.update(len(ids))
         meta = {"vocab_size": 50257, "source": ", ".join(args.input)[:200] or "OpenWebText",
                 "train_tokens": train.tell() // 2, "val_tokens": val.tell() // 2}
-    replace_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    replace_file(meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
     journal.unlink()
 except (Exception, KeyboardInterrupt) as e:  # noqa: BLE001 (each kind of packing has errors of its own)
-    fail(f"stopped at {path} ({type(e).__name__}: {e}): alone, the same command goes on from the last file")
+    line = getattr(e, "doc", "")[:99]                   # that isn't JSON
+    fail(f"stopped at {path} ({type(e).__name__}: {e} {line}): alone, the same command goes on from there")
 print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate")
