@@ -55,8 +55,7 @@ def probabilities(logits, temperature, top_k, top_p):
     if top_k or top_p < 1:
         p, ids = p.sort(-1, descending=True)
         p[..., top_k or p.size(-1):] = 0
-        before = p.cumsum(-1) - p
-        p = p.masked_fill(before >= max(top_p, 1e-9) * p.sum(-1, keepdim=True), 0)
+        p = p.masked_fill(p.cumsum(-1) - p >= max(top_p, 1e-9) * p.sum(-1, keepdim=True), 0)
         p = torch.zeros_like(p).scatter(-1, ids, p / p.sum(-1, keepdim=True))
     return p
 

@@ -86,9 +86,8 @@ class Transformer(nn.Module):
         angle = t.float()[:, None] * self.freqs                                 # (B, 64)
         time = self.time2(F.silu(self.time1(torch.cat((angle.cos(), angle.sin()), dim=1))))
         mod = time.view(B, 1, 6, 1, C) + self.table[:, :, None]                 # (B, n_layer, 6, 1, C)
-        mod, x = mod.to(self.dtype), x.to(self.dtype)
+        mod, x = mod.to(self.dtype), norm(x.to(self.dtype))
         cos, sin = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
-        x = norm(x)
         for i, block in enumerate(self.blocks):
             x = block(x, mod[:, i], cos, sin)
         return norm(x)
