@@ -1,7 +1,6 @@
-"""Every setting: defaults here, then a config file of plain assignments, then flags.
+"""Every setting: defaults here, then a config file of plain assignments, then flags; --help lists them all.
 
     python train.py config/shakespeare_masked.py --max_iters=2000 --seed 7
-    python train.py --help
 """
 import argparse
 import inspect

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from config import Config, fail
 
 
 class Tokenizer:
-    """Text to token ids and back, as meta.json says: an alphabet of characters, or GPT-2's byte pairs."""
+    """Text to token ids and back, as meta.json says: characters and longer strings, or GPT-2's byte pairs."""
 
     def __init__(self, meta):
         self.V, self.chars = meta["vocab_size"], meta.get("chars")
@@ -30,10 +31,11 @@ class Tokenizer:
         """List of ids; exits on a character that the alphabet lacks."""
         if self.chars is None:
             return self.bpe.encode_ordinary(text)
-        ids = {c: i for i, c in enumerate(self.chars)}
+        ids = {string: i for i, string in enumerate(self.chars)}                # each character, maybe more
         if lacking := set(text) - set(ids):
             fail(f"the character {min(lacking)!r} isn't in the tokenizer's alphabet: leave it out")
-        return [ids[c] for c in text]
+        longest_first = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        return [ids[string] for string in re.findall(longest_first, text)]
 
     def pieces(self, ids):
         """Each token's text, · for an id that is none ([MASK]); half a character goes to the other half."""

@@ -1,11 +1,15 @@
-"""Any text to character tokens: data/<dataset>/ with train.bin, val.bin and meta.json.
+"""Any text to tokens: data/<dataset>/ with train.bin, val.bin and meta.json.
 
     python prepare_shakespeare.py                                   # downloads Tiny Shakespeare (1.1 MB)
     python prepare_shakespeare.py --input my.txt.gz --dataset my    # any UTF-8 text, plain, .gz or .xz
+    python prepare_shakespeare.py --vocab_size 1024 --dataset words # tokens are strings of up to a word
 """
 import hashlib
 import json
+import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from urllib.request import urlopen
@@ -31,7 +35,29 @@ def load(path):
         fail(f"what {URL} sends isn't Tiny Shakespeare (its sha256 differs): pass --input FILE")
     return text, path or "Tiny Shakespeare"
 
-def prepare(dataset="shakespeare", path=None, val=None, like=None):
+def joined(chars, text, size):
+    """List of strings: chars, then what comes of joining, again and again, those two neighbours within words
+    that are side by side most often in text (arXiv:1508.07909), until there are size of them."""
+    strings, pairs, words = [*chars], Counter({"": 1}), Counter(re.findall(r" ?\w+|[^\w\s]+|\s", text))
+    words = {"".join(chr(strings.index(c)) for c in word): n for word, n in words.items()}  # chr(i): string i
+    def count(word, n):
+        for a, b in pairwise(word):
+            pairs[a + b] += n
+    for word, n in words.items():
+        count(word, n)
+    while len(strings) < size:
+        pair, n = pairs.most_common(1)[0]
+        if n < 2:
+            fail(f"--vocab_size is {size:,}, but only {len(strings):,} strings occur twice in this text")
+        strings.append("".join(strings[ord(c)] for c in pair))
+        for word in [word for word in words if pair in word]:
+            n, new = words.pop(word), word.replace(pair, chr(len(strings) - 1))
+            count(word, -n)
+            count(new, n)
+            words[new] = n
+    return strings
+
+def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0):
     """Writes data/<dataset>: nine tenths of a text to train on, the rest (or the file val) to validate."""
     text, source = load(path)
     train, rest = (text, load(val)[0]) if val else (text[:-len(text) // 10], text[-len(text) // 10:])
@@ -39,11 +65,12 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None):
     if like:                                            # the alphabet of a model that is to be fine-tuned
         meta = load_checkpoint(like)["meta"] if like.endswith(".pt") else load_data(like, 1)[0]
         chars = meta.get("chars", "")
-    if not (train and rest and 2 <= len(chars) <= 65_535):                      # uint16, and one is [MASK]
-        fail(f"{source} has {len(train)} + {len(rest)} characters, of an alphabet of {len(chars):,}")
-    meta = {"chars": chars, "vocab_size": len(chars), "source": source,
-            "train_tokens": len(train), "val_tokens": len(rest)}
+    if not (train and rest and 2 <= len(chars) <= (vocab_size or 65_535) <= 65_535):        # uint16
+        fail(f"{source}: {len(train)} + {len(rest)} characters, {len(chars)} kinds, vocab_size {vocab_size}")
+    chars = joined(chars, train, vocab_size) if vocab_size else chars
+    meta = {"chars": chars, "vocab_size": len(chars), "source": source, "val_chars": len(rest)}
     tokens = [np.array(Tokenizer(meta).encode(part), np.uint16) for part in (train, rest)]
+    meta |= {"train_tokens": len(tokens[0]), "val_tokens": len(tokens[1])}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "meta.json").unlink(missing_ok=True)  # without it, nobody takes the rest for whole
@@ -52,7 +79,7 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None):
         replace_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     except (OSError, KeyboardInterrupt) as e:
         fail(f"{folder} isn't written ({type(e).__name__}: {e}): the same command writes it anew")
-    print(f"{folder}: {len(train):,} + {len(rest):,} characters of {source}; alphabet: {chars!a}")
+    print(f"{folder}: {len(train):,} + {len(rest):,} characters of {source}; alphabet: {chars[:99]!a}")
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -60,4 +87,5 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", default="shakespeare", help="name of the folder under data/")
     parser.add_argument("--val", help="a file to validate on (default: the last tenth of the text)")
     parser.add_argument("--like", help="a dataset or model.pt with the alphabet to use, to fine-tune a model")
+    parser.add_argument("--vocab_size", type=int, default=0, help="of tokens that are strings; 0: characters")
     prepare(**vars(parser.parse_args()))

@@ -25,6 +25,7 @@ import threading
 import time
 import types
 import urllib.request
+from collections import Counter
 from pydoc_data.topics import topics
 from xml.etree import ElementTree
 
@@ -41,6 +42,7 @@ from config import Config, SampleConfig, load
 from data import Tokenizer, crops, load_checkpoint
 from diffusion import ORDERS, PROCESSES, SCHEDULES, draw, load_model, probabilities, times
 from pictures import animation
+from prepare_shakespeare import joined
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 aten = torch.ops.aten
@@ -574,7 +576,8 @@ TEXT = "Grüße, 世界!\r\n" * 50
 @pytest.mark.parametrize("name, content, argv, cut", [
     ("t.txt", TEXT.encode(), [], 540), ("t.txt", TEXT.encode("utf-8-sig"), [], 540),
     ("t.GZ", gzip.compress(TEXT.encode()), [], 540), ("t.xz", lzma.compress(TEXT.encode()), [], 540),
-    ("t.txt", TEXT.encode(), ["--val", "val.txt"], 600), ("t.txt", TEXT.encode(), ["--like", "wide"], 540)])
+    ("t.txt", TEXT.encode(), ["--val", "val.txt"], 600), ("t.txt", TEXT.encode(), ["--like", "wide"], 540),
+    ("t.txt", TEXT.encode(), ["--vocab_size", "18"], 540)])
 def test_characters_are_written_as_they_are(folder, name, content, argv, cut):
     put({name: content, "val.txt": "\ufeff世ü", "wide.txt": f"{TEXT}xyz"})
     script("prepare_shakespeare.py", "--input", "wide.txt", "--dataset", "wide")
@@ -584,8 +587,27 @@ def test_characters_are_written_as_they_are(folder, name, content, argv, cut):
     assert Tokenizer(meta).decode(train) == TEXT[:cut]
     assert Tokenizer(meta).decode(val) == ("世ü" if "--val" in argv else TEXT[cut:])
     chars = "".join(sorted(set(TEXT + "xyz" * ("--like" in argv))))
-    assert meta == {"chars": chars, "vocab_size": len(chars), "source": name, "train_tokens": cut,
-                    "val_tokens": len(val)}
+    strings = meta["chars"][len(chars):]                # six joints make two words
+    assert "".join(meta["chars"][:len(chars)]) == chars and len(strings) == 6 * ("--vocab_size" in argv)
+    assert not strings or {"Grüße", " 世界"} <= {*strings}
+    assert meta == {"chars": meta["chars"], "vocab_size": len(meta["chars"]), "source": name,
+                    "train_tokens": len(train), "val_tokens": len(val), "val_chars": 2 if cut == 600 else 60}
+    assert len(train) == (45 * 6 if strings else cut)
+
+def test_strings_come_of_the_most_frequent_neighbours():
+    text = topics["for"] + " aaaaa aaa"
+    words = [[*word] for word in re.findall(r" ?\w+|[^\w\s]+|\s", text)]
+    strings = joined(sorted(set(text)), text, 200)
+    for string in strings[len(set(text)):]:
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        best = {a + b: (a, b) for (a, b), n in pairs.items() if n == max(pairs.values())}
+        for word in words:
+            for i in itertools.count():
+                if tuple(word[i:i + 2]) == best[string]:
+                    word[i:i + 2] = [string]
+                if i >= len(word):
+                    break
+    assert "aa" in strings and len(strings) == len(set(strings)) == 200
 
 def interrupt(at, replace=os.replace):
     """An os.replace that is interrupted at a call of that number, or of that file."""
@@ -782,10 +804,12 @@ def test_what_cannot_be_read_is_named_and_once_mended_it_goes_on(
 
 @pytest.mark.parametrize("name, argv, words", [
     ("shakespeare", ["empty.txt"], r"0 \+ 0 characters"), ("shakespeare", ["bytes.txt"], "be read as UTF-8"),
-    ("shakespeare", ["a.txt"], "an alphabet of 1$"), ("shakespeare", ["rich.txt"], "an alphabet of 65,568"),
+    ("shakespeare", ["a.txt"], " 1 kinds"), ("shakespeare", ["rich.txt"], " 65568 kinds"),
     ("shakespeare", ["none.txt"], "none.txt can't be read"), ("shakespeare", ["t.xz"], "t.xz can't be read"),
     ("shakespeare", ["abc.txt", "--val", "empty.txt"], r"\+ 0 characters"),
-    ("shakespeare", ["abc.txt", "--like", "gpt2"], "an alphabet of 0$"),
+    ("shakespeare", ["abc.txt", "--like", "gpt2"], " 0 kinds"),
+    ("shakespeare", ["abc.txt", "--vocab_size", "9"], "11 kinds, vocab_size 9"),
+    ("shakespeare", ["abc.txt", "--vocab_size", "99"], "only 1. strings occur twice"),
     ("shakespeare", ["wide.txt", "--like", "abc"], "the character 'é' isn't in"),
     ("shakespeare", ["abc.txt", "--dataset", "file"], "data/file isn't written .* File exists"),
     ("openwebtext", ["some.doc"], "some.doc is neither a file"), ("openwebtext", ["none.txt"], "neither"),
@@ -946,6 +970,18 @@ def test_weights_can_start_a_run_on_other_text_of_the_same_alphabet(here):
            "--learning_rate=0.0", "--adam_lr=0.0")
     old, new = load_checkpoint("out/model.pt")["model"], load_checkpoint("fine/ckpt.pt")["model"]
     assert all(torch.equal(old[key], new[key]) for key in old)
+
+def test_of_tokens_that_are_strings_the_bound_is_told_per_character(here, capsys):
+    put({"new.txt": "The value of an expression.\n" * 400})
+    script("prepare_shakespeare.py", "--input", "new.txt", "--dataset", "strings", "--vocab_size", "30")
+    script("train.py", *SMALL, "--dataset=strings", "--out_dir=strings", "--max_iters=4")
+    meta = json.loads((here / "data/strings/meta.json").read_text())
+    assert meta["val_tokens"] < 0.6 * meta["val_chars"]
+    found = re.search(r"nelbo ([\d.]+) .*, ([\d.]+) bits/char", capsys.readouterr().out)
+    nats, bits = map(float, found.groups())
+    assert abs(bits - nats / math.log(2) * meta["val_tokens"] / meta["val_chars"]) < 1e-3
+    texts, _ = samples(capsys, "--out_dir=strings", "--text=The expression{3}", "--steps=2")
+    assert all(text.startswith("The expression") and len(text) >= 17 for text in texts)
 
 @pytest.fixture(scope="session")
 def broken(text_dir):

@@ -22,7 +22,7 @@ class Judge:
             chars = json.load(f)["chars"]
         text, self.val = ("".join(chars[i] for i in np.fromfile(f"{folder}/{split}.bin", np.uint16))
                           for split in ("train", "val"))
-        self.V, self.words = len(chars), set(re.findall(r"[A-Za-z']+", text))
+        self.V, self.words = len({*"".join(chars)}), set(re.findall(r"[A-Za-z']+", text))
         self.frequency = {char: count / len(text) for char, count in Counter(text).items()}
         self.counts = Counter(text[i:i + n] for n in range(1, 6) for i in range(len(text) - n + 1))
         self.totals, self.kinds = Counter(), Counter()  # of what follows each context
