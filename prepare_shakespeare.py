@@ -38,7 +38,8 @@ def load(path):
 def joined(chars, text, size):
     """List of strings: chars, then what comes of joining, again and again, those two neighbours within words
     that are side by side most often in text (arXiv:1508.07909), until there are size of them."""
-    strings, pairs, words = [*chars], Counter({"": 1}), Counter(re.findall(r" ?\w+|[^\w\s]+|\s", text))
+    strings, pairs = [*chars], Counter({"none": 1})
+    words = Counter(re.findall(r" ?\w+|[^\w\s]+|\s", text))
     words = {"".join(chr(strings.index(c)) for c in word): n for word, n in words.items()}  # chr(i): string i
     def count(word, n):
         for a, b in pairwise(word):
