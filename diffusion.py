@@ -166,7 +166,7 @@ class Masked(nn.Module):
                 reveal |= nowhere.masked_scatter(masked, p.amax(1)) > threshold
                 logits = logits[reveal[masked]]
             x = x.masked_scatter(reveal, draw(probabilities(logits, temperature, top_k, top_p)))
-            x = x.masked_fill(lot(shown, back), self.V)
+            x = x.masked_fill(lot(shown, back), self.V) if remask else x
             yield x, (x != self.V).float()
 
 class Embed(nn.Module):

@@ -3,9 +3,9 @@
     python prepare_openwebtext.py                                      # OpenWebText: 13 GB to download
     python prepare_openwebtext.py --input folder more.jsonl.gz --val held_out.txt --dataset my
 
-Reads .txt (documents between lines of <|endoftext|>), .jsonl, .ndjson, plain, .xz or .gz, and tars of these.
-Without --val, the first document is for validation, and one in 2,000 by a hash of its text. Stopped anywhere,
-the same command goes on behind the last whole file, and ends with the same bytes.
+Reads .txt (documents between lines of <|endoftext|>), .jsonl, .ndjson, plain, .xz or .gz, and tars of these,
+but no other file of a folder. Without --val, the first document is for validation, and one in 2,000 by a hash
+of its text. Stopped anywhere, the same command goes on behind the last whole file, to the same bytes.
 """
 import glob
 import hashlib
@@ -125,7 +125,7 @@ try:
         new = {"mark": None if meta_path.exists() else "", "train": 0, "val": 0}        # None: it is finished
         done = json.loads(journal.read_bytes()) if journal.exists() else new
         if done["mark"] not in marks or train.tell() < done["train"] or val.tell() < done["val"]:
-            fail(f"{folder} is finished, or begun with other files or settings: delete it, or pass --dataset")
+            fail(f"{folder} is finished, or begun with other files or settings (see progress.json in there)")
         train.seek(train.truncate(done["train"]))       # what was written behind the last whole file goes
         val.seek(val.truncate(done["val"]))
         for mark, (path, share, *_) in [*zip(marks, sources.values())][marks.index(done["mark"]):]:
@@ -145,6 +145,6 @@ try:
     replace_file(meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
     journal.unlink()
 except (Exception, KeyboardInterrupt) as e:  # noqa: BLE001 (each kind of packing has errors of its own)
-    line = getattr(e, "doc", "")[:99]                   # that isn't JSON
-    fail(f"stopped at {path} ({type(e).__name__}: {e} {line}): alone, the same command goes on from there")
+    said = f"{e.msg} in {e.doc[:99].strip()!r}" if isinstance(e, json.JSONDecodeError) else e
+    fail(f"stopped at {path} ({type(e).__name__}: {said}): alone, the same command goes on from there")
 print(f"{folder}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate")

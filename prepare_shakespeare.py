@@ -27,8 +27,7 @@ def load(path):
     try:
         text = (unpacked(path) if path else urlopen(URL, timeout=20)).read().decode("utf-8-sig")
     except Exception as e:  # noqa: BLE001 (the network and each kind of packing have errors of their own)
-        if path:
-            fail(f"{path} can't be read as UTF-8 text: {e}")
+        not path or fail(f"{path} can't be read as UTF-8 text: {e}")
         print(f"Tiny Shakespeare can't be downloaded ({e}): using Python's reference; --input takes any text")
         return "\n\n".join(topics[name] for name in sorted(topics)), "the Python reference"
     if not path and hashlib.sha256(text.encode()).hexdigest() != SHA256:
@@ -38,24 +37,18 @@ def load(path):
 def joined(chars, text, size):
     """List of strings: chars, then what comes of joining, again and again, those two neighbours within words
     that are side by side most often in text (arXiv:1508.07909), until there are size of them."""
-    strings, pairs = [*chars], Counter({"none": 1})
-    words = Counter(re.findall(r" ?\w+|[^\w\s]+|\s", text))
+    strings, words = [*chars], Counter(re.findall(r" ?\w+|[^\w\s]+|\s", text))
     words = {"".join(chr(strings.index(c)) for c in word): n for word, n in words.items()}  # chr(i): string i
-    def count(word, n):
-        for a, b in pairwise(word):
-            pairs[a + b] += n
-    for word, n in words.items():
-        count(word, n)
     while len(strings) < size:
+        pairs = Counter({"none": 1})                    # so that one is the most common
+        for word, n in words.items():
+            for a, b in pairwise(word):
+                pairs[a + b] += n
         pair, n = pairs.most_common(1)[0]
         if n < 2:
-            fail(f"--vocab_size is {size:,}, but only {len(strings):,} strings occur twice in this text")
+            fail(f"--vocab_size is {size:,}: this text gives {len(strings):,} at most")
         strings.append("".join(strings[ord(c)] for c in pair))
-        for word in [word for word in words if pair in word]:
-            n, new = words.pop(word), word.replace(pair, chr(len(strings) - 1))
-            count(word, -n)
-            count(new, n)
-            words[new] = n
+        words = {word.replace(pair, chr(len(strings) - 1)): n for word, n in words.items()}
     return strings
 
 def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0):
@@ -65,10 +58,11 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0)
     chars, folder = "".join(sorted(set(train + rest))), Path("data", dataset)
     if like:                                            # the alphabet of a model that is to be fine-tuned
         meta = load_checkpoint(like)["meta"] if like.endswith(".pt") else load_data(like, 1)[0]
-        chars = meta.get("chars", "")
-    if not (train and rest and 2 <= len(chars) <= (vocab_size or 65_535) <= 65_535):        # uint16
-        fail(f"{source}: {len(train)} + {len(rest)} characters, {len(chars)} kinds, vocab_size {vocab_size}")
-    chars = joined(chars, train, vocab_size) if vocab_size else chars
+        chars, vocab_size = meta.get("chars", ""), 0
+    most = min(vocab_size or 65_535, 65_535)            # uint16, and one is [MASK]
+    if not (train and rest and 2 <= len(chars) <= most):
+        fail(f"{source}: {len(train)} + {len(rest)} characters of {len(chars)} kinds, for 2 to {most} tokens")
+    chars = joined(chars, train, most) if vocab_size else chars
     meta = {"chars": chars, "vocab_size": len(chars), "source": source, "val_chars": len(rest)}
     tokens = [np.array(Tokenizer(meta).encode(part), np.uint16) for part in (train, rest)]
     meta |= {"train_tokens": len(tokens[0]), "val_tokens": len(tokens[1])}
@@ -80,7 +74,7 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0)
         replace_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     except (OSError, KeyboardInterrupt) as e:
         fail(f"{folder} isn't written ({type(e).__name__}: {e}): the same command writes it anew")
-    print(f"{folder}: {len(train):,} + {len(rest):,} characters of {source}; alphabet: {chars[:99]!a}")
+    print(f"{folder}: {len(tokens[0]):,} + {len(tokens[1]):,} tokens of {source}: {chars[-99:]!a}")
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -88,5 +82,5 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", default="shakespeare", help="name of the folder under data/")
     parser.add_argument("--val", help="a file to validate on (default: the last tenth of the text)")
     parser.add_argument("--like", help="a dataset or model.pt with the alphabet to use, to fine-tune a model")
-    parser.add_argument("--vocab_size", type=int, default=0, help="of tokens that are strings; 0: characters")
+    parser.add_argument("--vocab_size", type=int, default=0, help="tokens, up to a word each; 0: characters")
     prepare(**vars(parser.parse_args()))

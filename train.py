@@ -139,6 +139,7 @@ def evaluate(train_loss):
         t = times(np.random.default_rng((1, i)), 1, B)[0]                       # (B,)
         bounds[i] = ema.nelbo(*batch("val", t, i)).mean().item()
     nelbo, se = total(bounds).mean().item(), bounds.std().item() / cfg.eval_iters ** 0.5
+    math.isfinite(nelbo) or fail(f"bound {nelbo} at step {step}: lower learning_rate; that isn't saved")
     bits = nelbo / np.log(2) * meta["val_tokens"] / meta.get("val_chars", meta["val_tokens"])
     unit = f"{bits:.3f} bits/char" if tokenizer.chars else f"perplexity <= {np.exp(nelbo):.2f}"
     rows, n = [], max(world, cfg.eval_iters // 8)       # n: batches of a row
@@ -177,8 +178,7 @@ try:
         evaluating = step != measured and (step % cfg.eval_interval == 0 or step == cfg.max_iters)
         if evaluating or losses and step % cfg.log_interval == 0:               # not each step: it waits
             loss = total(torch.stack(losses or [torch.zeros(())]).mean()).item() / world
-            if not math.isfinite(loss):
-                fail(f"the loss is {loss} at step {step}: lower learning_rate; out_dir keeps the last good")
+            math.isfinite(loss) or fail(f"loss {loss} at step {step}: lower learning_rate; that isn't saved")
             losses.clear()
             bar.set_postfix_str(f"loss {loss:.3f}")
             if evaluating:                              # after a resumption maybe at once

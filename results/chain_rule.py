@@ -3,7 +3,7 @@
     python results/chain_rule.py out 64                     # a folder, a number of random validation crops
 
 The chain rule takes a network call for each token: p(x_i | the tokens before it in that order), the rest
-being [MASK]. An order may follow from the logits, since they don't tell which token comes (arXiv:2603.01367).
+being [MASK]. An order may depend on the logits, computed before the token is seen (arXiv:2603.01367).
 The bound is the mean over all fixed orders, from 64 draws of time and masks for each crop.
 """
 import sys
