@@ -125,7 +125,7 @@ try:
         new = {"mark": None if meta_path.exists() else "", "train": 0, "val": 0}        # None: it is finished
         done = json.loads(journal.read_bytes()) if journal.exists() else new
         if done["mark"] not in marks or train.tell() < done["train"] or val.tell() < done["val"]:
-            fail(f"{folder} is finished, or begun with other files or settings (see progress.json in there)")
+            fail(f"{folder} is finished or begun with other files, settings (progress.json): use --dataset")
         train.seek(train.truncate(done["train"]))       # what was written behind the last whole file goes
         val.seek(val.truncate(done["val"]))
         for mark, (path, share, *_) in [*zip(marks, sources.values())][marks.index(done["mark"]):]:

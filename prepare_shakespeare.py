@@ -2,7 +2,7 @@
 
     python prepare_shakespeare.py                                   # downloads Tiny Shakespeare (1.1 MB)
     python prepare_shakespeare.py --input my.txt.gz --dataset my    # any UTF-8 text, plain, .gz or .xz
-    python prepare_shakespeare.py --vocab_size 1024 --dataset words # tokens are strings of up to a word
+    python prepare_shakespeare.py --vocab_size 2048 --dataset words # tokens are strings of up to a word
 """
 import hashlib
 import json
