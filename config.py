@@ -1,4 +1,4 @@
-"""Every setting: defaults here, then a config file of plain assignments, then flags; --help lists them all.
+"""Every setting: defaults here, then a config file of plain assignments, then flags. --help lists them all.
 
     python train.py config/shakespeare_masked.py --max_iters=2000 --seed 7
 """
@@ -11,48 +11,62 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# The type of a setting is a function from text to its value; it raises ValueError for what it must not be.
 
-def number(convert, low, high=1e15):
+def fail(sentence):
+    """Ends the program with one sentence on stderr and exit code 1."""
+    raise SystemExit(f"error: {sentence}")
+
+
+# ---- types of settings: functions from a flag's text to its value
+
+
+def number(kind, low, high=1e15):
+    """An int or a float from low to high."""
     def read(text):
-        if not low <= convert(text) <= high:            # nan, too
-            raise ValueError
-        return convert(text)
-    read.must = f"a {'whole ' * (convert is int)}number from {low:g} to {high:g}"
+        value = kind(text)                      # argparse reports what is no number
+        if not low <= value <= high:            # nan is refused as well
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low:g} to {high:g}")
+        return value
+    read.__name__ = kind.__name__               # argparse says: "invalid int value: 'many'"
     return read
+
 
 def choice(*values):
+    """One of a few values."""
+    by_text = {str(value): value for value in values}
+
     def read(text):
-        return values[[*map(str, values)].index(text)]  # index() raises ValueError, too
-    read.must = f"one of {', '.join(map(str, values))}"
+        if text not in by_text:
+            raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(by_text)}")
+        return by_text[text]
     return read
 
-positive, count, amount = number(int, 1), number(int, 0), number(float, 0)
-share, not_all, not_none = number(float, 0, 1), number(float, 0, 1 - 1e-6), number(float, 1e-6, 1)
-truth, maybe, floats = choice(True, False), choice(True, False, None), choice("auto", "bfloat16", "float32")
 
-class Checked:
-    def __post_init__(self):
-        for f in fields(self):
-            try:
-                setattr(self, f.name, f.type(str(getattr(self, f.name))))
-            except ValueError:
-                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}: it must be {f.type.must}") from None
+truth = choice(True, False)
+truth_or_auto = choice(True, False, "auto")
+precision = choice("auto", "bfloat16", "float32")
+positive = number(int, 1)
+count = number(int, 0)
+amount = number(float, 0)
+share = number(float, 0, 1)
+not_all = number(float, 0, 1 - 1e-6)
+not_none = number(float, 1e-6, 1)
+
 
 @dataclass
-class Config(Checked):
+class Config:
     """Settings of train.py."""
     out_dir: str = "out"                        # where ckpt.pt, model.pt and log.csv go
     dataset: str = "shakespeare"                # data/<dataset>/ holds train.bin, val.bin and meta.json
-    init_from: str = "scratch"                  # scratch, resume (from ckpt.pt), or a model.pt to start from
-    eval_only: truth = False                    # print the bound and the table by noise level, and stop
-    eval_interval: positive = 1000              # steps between evaluations; each also writes the checkpoints
+    init_from: str = "scratch"                  # scratch, resume, auto (resume where ckpt.pt is), or a model.pt
+    eval_only: truth = False                    # measures a model without training it
+    eval_interval: positive = 1000              # steps from one evaluation to the next; each also saves
     eval_iters: number(int, 2) = 64             # batches of an evaluation, the same ones each time
-    log_interval: positive = 10                 # steps between updates of the progress bar
-    process: choice("masked", "embed") = "masked"   # which diffusion; the names are those in diffusion.py
-    embed_dim: positive = 16                    # of embed: width of the noised embeddings
-    batch_size: positive = 32                   # sequences in a micro-batch on one device; even
-    gradient_accumulation_steps: positive = 1   # micro-batches of an optimizer step, over all devices
+    log_interval: positive = 10                 # steps from one look at the training loss to the next
+    process: choice("masked", "embed") = "masked"   # which kind of noise
+    embed_dim: positive = 16                    # of embed: the width of its vectors
+    batch_size: positive = 32                   # sequences in a micro-batch on one device
+    gradient_accumulation_steps: positive = 1   # micro-batches in a step, of all devices together
     block_size: positive = 128                  # tokens in a sequence
     n_layer: positive = 3
     n_head: positive = 3
@@ -61,85 +75,91 @@ class Config(Checked):
     learning_rate: amount = 0.01                # of Muon, for the matrices of the blocks
     adam_lr: amount = 0.005                     # of AdamW, for everything else
     weight_decay: amount = 0.1                  # of Muon only
-    grad_clip: amount = 1.0                     # the gradient's greatest norm; 0: no limit
+    grad_clip: amount = 1.0                     # longer gradients are shortened to this norm; 0: never
     max_iters: count = 3000                     # optimizer steps
-    warmup_iters: count = 50                    # linear warm-up; the last 60 % decay linearly to zero
-    ema_decay: not_all = 0.99                   # running average of the weights, which is what is evaluated
+    warmup_iters: count = 50                    # the rates rise linearly at first; in the last 60 % they fall to 0
+    ema_decay: not_all = 0.99                   # of the average of the weights, which is evaluated and sampled
     device: str = "auto"                        # cuda, cuda:1, mps, cpu; auto: the first of these there is
-    dtype: floats = "auto"                      # auto: bfloat16 where the chip has it, else float32
-    compile: maybe = None                       # torch.compile; None: on CUDA only
-    seed: count = 1337                          # of weights, crops, times and noise
+    dtype: precision = "auto"                   # auto: bfloat16 on GPUs that have it, else float32
+    compile: truth_or_auto = "auto"             # torch.compile; auto: on CUDA. Not repeatable on CPU threads
+    seed: count = 1337                          # of the weights, the crops, the times and the noise
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.n_embd % (pairs := 2 * self.n_head):
-            raise ValueError(f"n_embd is {self.n_embd}: n_head {self.n_head} needs a multiple of {pairs}")
-        if self.batch_size % 2:
-            raise ValueError(f"batch_size is {self.batch_size}: it must be even, for times in pairs t, 1 - t")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd is {self.n_embd}: n_head {self.n_head} needs a multiple of "
+                             f"{2 * self.n_head}")
+
 
 @dataclass
-class SampleConfig(Checked):
+class SampleConfig:
     """Settings of sample.py."""
     out_dir: str = "out"                        # loads out_dir/model.pt
-    text: str = ""                              # what is given; {n}: n unknown tokens; {{: a brace
-    prompt_file: str = ""                       # a file to read text from
-    edit: str = ""                              # text, or a file of it, to noise and denoise: it is rewritten
-    noise: not_none = 0.5                       # of edit: from near 0 (hardly) to 1 (nothing is left)
-    length: number(int, 0, 1e6) = 0             # tokens; 0: a block. Beyond it, windows half a block apart
-    num_samples: positive = 4
-    steps: number(int, 1, 1e6) = 128            # network calls a block; masked: one an unknown token at most
+    text: str = ""                              # given text, or its file; {n}: n unknown tokens, behind a whole word
+    edit: str = ""                              # a text, or its file, to rewrite: it is noised, then denoised
+    noise: not_none = 0.5                       # of edit: near 0 changes little, 1 leaves nothing
+    length: count = 0                           # tokens; 0: a block. More are written in windows
+    num_samples: positive = 4                   # more samples change the first ones, too
+    steps: positive = 128                       # network calls; masked: at most one per unknown token
     seed: count = 1337
-    temperature: amount = 1.0                   # below 1: more likely text; 0: always the likeliest token
-    top_k: count = 0                            # draw from the k likeliest tokens; 0: from all
-    top_p: not_none = 1.0                       # draw from the fewest tokens with this probability together
-    schedule: choice("linear", "cosine", "squared_cosine", "exponential") = "linear"    # grid of t
-    guidance: amount = 0.0                      # above 0: follow the text closely; a second call each step
-    order: choice("random", "confidence", "margin", "entropy") = "random"   # of masked: what comes first
-    threshold: not_none = 1.0                   # of masked: a step also reveals all tokens surer than this
-    remask: not_all = 0.0                       # of masked: share of revealed tokens that a step takes back
+    temperature: amount = 1.0                   # below 1: likelier text; 0: always the likeliest token
+    top_k: count = 0                            # draws from the k likeliest tokens; 0: from all
+    top_p: not_none = 1.0                       # draws from the fewest tokens with this probability together
+    schedule: choice("linear", "cosine", "squared_cosine", "exponential") = "linear"    # how t falls
+    guidance: amount = 0.0                      # above 0: follows the text closely; two calls a step
+    order: choice("random", "confidence", "margin", "entropy") = "random"   # of masked: which come first
+    threshold: not_none = 1.0                   # of masked: a step also reveals what is surer than this
+    remask: not_all = 0.0                       # of masked: the share that each step takes back
     eta: share = 1.0                            # of embed: from 0 (deterministic) to 1 (ancestral)
-    watch: truth = False                        # play it in the terminal
-    svg: str = ""                               # a file to write the first sample to, as an animation
+    watch: truth = False                        # shows each step in the terminal
+    svg: str = ""                               # a file for an animation of the first sample
     device: str = "auto"                        # as in train.py
-    dtype: floats = "auto"
+    dtype: precision = "auto"
 
-def fail(sentence):
-    """Ends the program with one sentence on stderr and exit code 1."""
-    raise SystemExit(f"error: {sentence}")
 
 def load(cls, argv=None, defaults=None):
-    """A cls from its defaults (or a dict of others), the config file, the flags; exits on what is wrong."""
-    comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(cls).replace("%", "%%")))
+    """The settings, a cls: its defaults (or those in a dict), then the config file's, then the flags'."""
+    # --help shows the comments that stand beside the settings above
+    source = inspect.getsource(cls).replace("%", "%%")
+    comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", source))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: fail(f"{message} (--help lists all settings)")
     parser.add_argument("config", nargs="?", help="a Python file of assignments, name = value")
     for f in fields(cls):
-        bare = {"nargs": "?", "const": True} if f.type in (truth, maybe) else {}        # bare: True
-        parser.add_argument(f"--{f.name}", metavar=repr(f.default), help=comments.get(f.name), **bare)
-    settings = vars(parser.parse_intermixed_args(argv))                         # the given ones, as text
+        bare = {"nargs": "?", "const": "True"} if f.type in (truth, truth_or_auto) else {}       # --compile
+        parser.add_argument(f"--{f.name}", type=f.type, metavar=repr(f.default),
+                            help=comments.get(f.name), **bare)
+    flags = vars(parser.parse_intermixed_args(argv))
+    path = flags.pop("config", None)
+    assigned = {}
+    if path:
+        try:
+            variables = runpy.run_path(path)
+        except Exception as e:  # noqa: BLE001 (the file is the user's code)
+            fail(f"{path} can't be read: {type(e).__name__}: {e}")
+        # what the file assigns is checked as if it came from flags
+        lines = [f"--{name}={value}" for name, value in variables.items() if name[0] != "_"]
+        assigned = vars(parser.parse_args(lines))
     try:
-        if path := settings.pop("config", None):
-            file = [f"--{name}={value}" for name, value in runpy.run_path(path).items() if name[0] != "_"]
-            settings = vars(parser.parse_intermixed_args(file)) | settings
-        return cls(**(defaults or {}) | settings)
-    except Exception as e:  # noqa: BLE001 (the config file is the user's code)
-        fail(e if type(e) is ValueError else f"{path} can't be read: {type(e).__name__}: {e}")
+        return cls(**(defaults or {}) | assigned | flags)
+    except ValueError as e:
+        fail(e)
+
 
 def hardware(cfg):
-    """cfg with device, dtype and compile decided for this machine and process; exits where it lacks one."""
+    """Decides on device, dtype and compile where they are "auto"; exits if the device isn't there."""
     if cfg.device == "auto":
-        cfg.device = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
-    if cuda := cfg.device.startswith("cuda"):           # under torchrun each process has a GPU of its own
-        cfg.device = f"cuda:{os.environ.get('LOCAL_RANK') or cfg.device[5:] or 0}"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        cfg.device = found.type if found else "cpu"
+    on_cuda = cfg.device.startswith("cuda")
     try:
+        if on_cuda and "LOCAL_RANK" in os.environ:      # under torchrun each process has a GPU of its own
+            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(cfg.device)
         torch.zeros(1, device=cfg.device)
     except (RuntimeError, AssertionError):
         fail(f"device is {cfg.device!r}, which isn't here: try 'auto', and one process for each GPU at most")
-    if cuda:
-        torch.cuda.set_device(cfg.device)               # which pinning, NCCL and get_device_name() go by
     if cfg.dtype == "auto":
-        fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        cfg.dtype = "bfloat16" if fast else "float32"
-    if isinstance(cfg, Config) and cfg.compile is None:
-        cfg.compile = cuda
+        cfg.dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(False) else "float32"
+    if isinstance(cfg, Config) and cfg.compile == "auto":
+        cfg.compile = on_cuda
     return cfg

@@ -1,10 +1,18 @@
-"""The diffusion process: how text is destroyed, what the network learns from that, and how text is made.
+"""The two diffusion processes: how noise destroys text, what the network learns from that, how text is made.
 
-B sequences of T tokens; vocabulary V, channels C. x0 are the data's tokens, xt noisy ones, or noisy vectors
-of width D. t in [0, 1] is the share of the information that the noise has destroyed: 0 is text, 1 is noise; a
-sampler's step goes from t to s < t. `known` (B, T) is True where a token is given and must stay.
+    training:   text x0  --corrupt-->  noisy xt  --denoise-->  logits  -->  loss
+    sampling:   pure noise  --denoise, keep a little-->  less noise  --...-->  text
+
+Read Masked first, since it is the simpler one. Embed does the same with Gaussian noise on vectors. Names:
+
+    B, T, V     sequences in a batch, tokens in a sequence, tokens in the vocabulary
+    C, D        channels of the network, width of Embed's vectors
+    x0, xt      the clean tokens (B, T), and what noise makes of them: tokens, or vectors (B, T, D)
+    t           the share of the information that noise has destroyed, (B,): 0 is text, 1 is pure noise
+    known       (B, T) bool, True where the user has given the token: samplers never touch those
 """
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,324 +22,450 @@ from config import Config
 from data import Tokenizer, load_checkpoint, load_weights
 from model import Linear, Transformer
 
-SCHEDULES = {       # how the sampler walks from t = 1 to 0: u is the share of its steps to go, the value is t
+# ---- what both processes use
+
+# How a sampler walks from t = 1 to t = 0: u falls from 1 to 0 in even steps, and the function gives t.
+SCHEDULES = {
     "linear": lambda u: u,
     "cosine": lambda u: math.sin(u * math.pi / 2),                              # few tokens first, many last
     "squared_cosine": lambda u: math.sin(u * math.pi / 2) ** 2,                 # few first and few last
-    "exponential": lambda u: math.expm1(-3 * u) / math.expm1(-3),               # like cosine, steeper
+    "exponential": lambda u: math.expm1(3 * u) / math.expm1(3),                 # many first; MaskGIT's exp: few
 }
-ORDERS = {          # which [MASK]s go first: those with the highest value (K,) of their probabilities (K, V)
+
+
+def times(rng, n_micro, B, bell=False):
+    """Noise levels (n_micro, B) for the micro-batches of one optimizer step.
+
+    They are not independent: one random offset moves an even grid over [0, 1], so that each step sees all
+    levels, which makes losses and bounds less noisy. With bell, which is for training, they gather around
+    1/2: nearly clean and nearly destroyed text teach less (arXiv:2605.13026).
+    """
+    n = n_micro * B
+    u = (rng.random() + torch.arange(n, dtype=torch.float64) / n) % 1
+    if bell:        # a normal distribution around .5 with an s.d. of .2, cut off at 0 and 1: 2.5 s.d. away
+        tail = torch.special.ndtr(torch.tensor(-2.5))
+        u = 0.5 + 0.2 * torch.special.ndtri(tail + (1 - 2 * tail) * u)
+    # deal the grid out like cards, so that each micro-batch sees all levels; then shuffle each hand
+    hands = u.view(B, n_micro).T
+    shuffled = rng.permuted(hands.numpy(), axis=1)
+    return torch.from_numpy(shuffled).float()
+
+
+def highest(score, k):
+    """(B, T) bool: True at the k (B,) highest scores in each row of score (B, T)."""
+    rank = score.argsort(dim=1, descending=True).argsort(dim=1)
+    return rank < k[:, None]
+
+
+def random_ones(mask, k):
+    """(B, T) bool: True at k (B,) random places of each row, out of those where mask (B, T) is True."""
+    score = torch.rand(mask.shape, device=mask.device)
+    return highest(score.masked_fill(~mask, -1), k)
+
+
+def probabilities(logits, temperature, top_k, top_p):
+    """softmax(logits / temperature), cut down to the likeliest tokens.
+
+    It keeps the top_k likeliest (0: all), and of those the fewest that together hold the share top_p.
+    Temperature 0 gives everything to the likeliest token.
+    """
+    logits = logits - logits.amax(-1, keepdim=True)
+    p = (logits / max(temperature, 1e-30)).softmax(-1)
+    if top_k == 0 and top_p == 1:
+        return p
+    p, ids = p.sort(-1, descending=True)
+    if top_k:
+        p[..., top_k:] = 0
+    before = p.cumsum(-1) - p                           # what the likelier tokens hold already
+    p[before >= top_p * p.sum(-1, keepdim=True)] = 0
+    p = torch.zeros_like(p).scatter(-1, ids, p)         # back in the order of the vocabulary
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p):
+    """One token id (K,) from each row of the probabilities p (K, V), which need not sum to 1.
+
+    By inverting the distribution function in float64: Gumbel noise in float32 makes samples from large
+    vocabularies less varied (arXiv:2409.02908), and torch.multinomial takes 3 to 4 times as long on a CPU.
+    """
+    precise = torch.float32 if p.device.type == "mps" else torch.float64
+    cdf = p.to(precise).cumsum(-1)
+    u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
+    ids = torch.searchsorted(cdf, u, right=True).squeeze(1)
+    return ids.clamp(max=p.size(1) - 1)                 # where rounding made u the whole sum
+
+
+# ---- masked: noise replaces tokens by [MASK]
+
+
+def margin(p):
+    first, second = p.topk(2).values.unbind(1)
+    return first - second
+
+
+# Which [MASK]s a sampler fills first: those with the highest score (K,), from their probabilities p (K, V).
+ORDERS = {
     "random": lambda p: torch.rand_like(p[:, 0]),
-    "confidence": lambda p: p.amax(1),                                          # in the likeliest token
-    "margin": lambda p: -p.topk(2).values.diff().squeeze(1),                    # to the second likeliest
+    "confidence": lambda p: p.amax(1),                  # the likeliest token has the most
+    "margin": margin,                                   # it is furthest ahead of the second likeliest
     "entropy": lambda p: -torch.special.entr(p).sum(1),
 }
 
-def times(rng, n_micro, B, bell=False):
-    """(n_micro, B) times for one optimizer step, spread evenly over [0, 1] by one random offset. Rows i and
-    i + B/2 of a micro-batch are a pair t, 1 - t; pairs are dealt to the micro-batches in turn. With bell, for
-    training, most are near 1/2: nearly clean and nearly destroyed text teach less (arXiv:2605.13026)."""
-    n_pairs = n_micro * B // 2
-    t = (rng.random() + torch.arange(n_pairs, dtype=torch.float64) / n_pairs) % 1
-    if bell:        # .5 + .2 z within [0, 1], by the inverse distribution function; P(z < -2.5) = .00621
-        t = 0.5 + 0.2 * torch.special.ndtri(0.00621 + 0.98758 * t)
-    t = (2 * (t * 2 ** 22).floor() + 1) / 2 ** 23           # exact in float32, and t T is never whole
-    t = t.view(B // 2, n_micro).T
-    return torch.cat((t, 1 - t), dim=1).float()
 
-def choose(score, k):
-    """(B, T) bool: in each row of score (B, T) the k (B,) highest; exactly k of them, ties or not."""
-    first = torch.arange(score.size(1), device=score.device) < k[:, None]
-    return torch.zeros_like(first).scatter(1, score.argsort(1, descending=True), first)
+def choose(masked, p, quota, order, threshold):
+    """(B, T) bool: of the masked places those that a step fills, quota (B,) in each row.
 
-def lot(mask, k):
-    """(B, T) bool: in each row k (B,) random ones of the places where mask (B, T) is True."""
-    return choose(torch.rand(mask.shape, device=mask.device).where(mask, -1), k)
+    p (K, V) are the probabilities at all masked places. Those with a token surer than threshold come on top.
+    """
+    score = torch.full(masked.shape, -torch.inf, device=p.device)
+    score[masked] = ORDERS[order](p)
+    keep = highest(score, quota)
+    keep[masked] |= p.amax(1) > threshold
+    return keep
 
-def probabilities(logits, temperature, top_k, top_p):
-    """softmax(logits / temperature) of the top_k likeliest tokens (0: all), then of the fewest with the share
-    top_p of the rest; 0 for the others. temperature 0: all to the likeliest."""
-    p = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1, dtype=torch.float32)
-    if top_k or top_p < 1:
-        p, ids = p.sort(-1, descending=True)
-        p[..., top_k or p.size(-1):] = 0
-        p = p.masked_fill(p.cumsum(-1) - p >= max(top_p, 1e-9) * p.sum(-1, keepdim=True), 0)
-        p = torch.zeros_like(p).scatter(-1, ids, p / p.sum(-1, keepdim=True))
-    return p
-
-def draw(p):
-    """One index (K,) per row of the probabilities p (K, V), which need not sum to 1. By inversion in float64:
-    Gumbel noise in float32 lowers the entropy of samples from large vocabularies (arXiv:2409.02908)."""
-    cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
-    u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=p.size(1) - 1)
 
 class Masked(nn.Module):
-    """Tokens turn into [MASK], one after the other in random order (MDLM, arXiv:2406.07524)."""
+    """Tokens turn into [MASK] one after the other, in random order (MDLM, arXiv:2406.07524).
+
+    Going back, the network tells for each [MASK] how likely each token is there, given all that is left.
+    """
 
     def __init__(self, cfg, V):
         super().__init__()
-        self.V = V                                      # also the id of [MASK], which the head doesn't have
-        self.stem = nn.Embedding(V + 1, cfg.n_embd)     # its first V rows are the head, too
+        self.V = V                                      # also the id of [MASK]
+        self.stem = nn.Embedding(V + 1, cfg.n_embd)     # its first V rows are the head's weights, too
         nn.init.normal_(self.stem.weight, std=cfg.n_embd ** -0.5)
         self.net = Transformer(cfg)
-        self.register_buffer("bias", torch.zeros(V))    # of the head; train.py puts the log-frequencies there
+        self.register_buffer("bias", torch.zeros(V))    # the head's: train.py puts log-frequencies there
 
     def corrupt(self, x0, t):
-        """x0 (B, T) with exactly k = floor(t T) + 1 random tokens of each row replaced by V: for uniform t, k
-        is uniform on 1..T; at 1 - t it is T + 1 - k."""
+        """x0 (B, T) with k = floor(t T) + 1 random tokens of each row replaced by [MASK].
+
+        For uniform t, k is uniform on 1 ... T.
+        """
         T = x0.size(1)
-        k = ((t * 2 ** 40).long() * T // 2 ** 40 + 1).clamp(max=T)              # whole numbers: no rounding
-        return x0.masked_fill(choose(torch.rand(x0.shape, device=x0.device), k), self.V)
+        k = (t * T).long().clamp(max=T - 1) + 1
+        return x0.masked_fill(random_ones(x0 != self.V, k), self.V)
 
-    def denoise(self, xt, t, at=None):
-        """Logits (B, T, V) of each position's token given xt; t (B,) is the share of xt that is masked. With
-        at (K,), indices into the flattened (B T) positions, the head computes those rows only: (K, V)."""
+    def denoise(self, xt, where):
+        """Logits (K, V) of the tokens at the K places where `where` (B, T) is True, given all of xt (B, T).
+
+        The network is told the time, which is the share of [MASK]s. The head sees no other places: with
+        many tokens it is what costs most.
+        """
+        t = (xt == self.V).float().mean(1)
         h = self.net(self.stem(xt), t)                                          # (B, T, C)
-        if at is not None:
-            h = h.flatten(0, 1).index_select(0, at)
-        return F.linear(h, self.stem.weight[:self.V].to(h.dtype)).float() + self.bias
-
-    def denoise_at(self, xt, at):
-        """Rows at (K,) of the logits, (K, V), also from a denoise that knows no `at` (an exact posterior)."""
-        logits = self.denoise(xt, (xt == self.V).sum(1) / xt.size(1), at=at)
-        return (logits if logits.dim() == 2 else logits.flatten(0, 1)[at]).float()
+        h = h[where]                                                            # (K, C)
+        head = self.stem.weight[:self.V].to(h.dtype)
+        return F.linear(h, head).float() + self.bias
 
     def predict(self, x0, t):
-        """Noises x0 to t: k (B,), and of all K masked tokens row (K,), id (K,) and logits (K, V)."""
-        B, T = x0.shape
+        """Masks x0 at t: masked (B, T), and of its K [MASK]s the logits (K, V) and the true tokens (K,)."""
         xt = self.corrupt(x0, t)
         masked = xt == self.V
-        k = masked.sum(1)
-        # compiled code wants a constant: pairs t, 1 - t mask so many tokens
-        size = B * (T + 1) // 2 if torch.compiler.is_compiling() else int(k.sum())
-        at = masked.flatten().nonzero_static(size=size).squeeze(1)
-        return k, at // T, x0.flatten()[at], self.denoise_at(xt, at)
+        return masked, self.denoise(xt, masked), x0[masked]
 
     def forward(self, x0, t):
-        """What training minimises: the mean cross-entropy of all masked tokens. Each counts the same, where
-        the bound weighs it by 1 / k: the gradient is less noisy, and the bound itself ends lower
-        (results/README.md). Compiled, times that are no pairs give nan."""
-        k, _, target, logits = self.predict(x0, t)
-        nll = F.cross_entropy(logits, target, reduction="none")                 # (K,)
-        return torch.where(k.sum() == len(nll), nll, torch.nan).mean()
+        """The training loss: the mean cross-entropy of all masked tokens.
+
+        Each of them counts the same here, while the bound below weighs it by 1/k. The gradient is less
+        noisy this way, and even the bound ends lower (results/README.md).
+        """
+        _, logits, truth = self.predict(x0, t)
+        return F.cross_entropy(logits, truth)
 
     def nelbo(self, x0, t):
-        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T: the mean
-        cross-entropy of k masked tokens, k uniform on 1..T, which is the any-order autoregressive bound and
-        equal to the continuous-time one (RADD, arXiv:2406.03736)."""
-        k, row, target, logits = self.predict(x0, t)
-        nll = F.cross_entropy(logits, target, reduction="none")
-        return torch.zeros_like(t).index_add(0, row, nll) / k
+        """(B,) nats per token. Its mean over uniform t is an upper bound on -log p(x0) / T.
+
+        It is the mean cross-entropy of the k masked tokens. Averaged over k = 1 ... T that is the bound of
+        an any-order autoregressive model, and MDLM's continuous-time bound too (RADD, arXiv:2406.03736).
+        """
+        masked, logits, truth = self.predict(x0, t)
+        nll = F.cross_entropy(logits, truth, reduction="none")                  # (K,)
+        nll = torch.zeros_like(masked, dtype=nll.dtype).masked_scatter(masked, nll)
+        return nll.sum(1) / masked.sum(1)
 
     def measures(self, x0, t):
-        """Scalars by name, at the masked positions, for the table by noise level."""
-        _, _, target, logits = self.predict(x0, t)
-        return {"cross-entropy": F.cross_entropy(logits, target),
-                "accuracy": (logits.argmax(-1) == target).float().mean()}
+        """Scalars by name, for train.py's table by noise level."""
+        _, logits, truth = self.predict(x0, t)
+        right = logits.argmax(1) == truth
+        return {"cross-entropy": F.cross_entropy(logits, truth), "accuracy": right.float().mean()}
 
     @torch.no_grad()
-    def sample(self, x, known, steps, noise=1.0, schedule="linear", order="random", threshold=1.0, remask=0.0,
-               guidance=0.0, temperature=1.0, top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: the start with [MASK]s, then after each step; certainty is
-        0 for [MASK], else 1. x (B, T) counts where known (B, T) and, with noise below 1, elsewhere: that
-        share of it is masked. A step chooses which tokens to reveal, at random or the surest first (MaskGIT,
-        arXiv:2202.04200), and draws them; there are at most as many as unknown tokens, but with remask, which
-        takes back that share of what was revealed, on average (ReMDM, arXiv:2503.00307)."""
-        n = (~known).sum(1)
-        first = (n * noise).round().long().clamp(min=1).minimum(n)              # (B,) masked at the start
-        x = x.masked_fill(lot(~known, first), self.V)
-        steps = steps if remask else min(steps, int(first.max()))
-        yield x, (x != self.V).float()
+    def sample(
+            self, x, known, steps,
+            noise=1.0,              # the share of the unknown tokens that starts as [MASK]; the rest is x
+            schedule="linear",      # how many [MASK]s are left after each step
+            order="random",         # which ones are filled first (MaskGIT, arXiv:2202.04200)
+            threshold=1.0,          # guesses surer than this stay, whatever the schedule says
+            remask=0.0,             # the share of the new tokens that a step takes back (ReMDM, arXiv:2503.00307)
+            guidance=0.0,           # above 0: away from the logits without known tokens (arXiv:2207.12598)
+            temperature=1.0, top_k=0, top_p=1.0):
+        """Fills in the unknown tokens of x (B, T); yields (tokens, certainty), at first and after each step.
+
+        The idea: let the network guess all [MASK]s, keep some of the guesses, and ask again. Each place is
+        chosen by its probabilities, never by the token drawn there, which would favour likely tokens.
+        Certainty (B, T) is 0 for [MASK] and 1 for tokens.
+        """
+        V = self.V
+        n_unknown = (~known).sum(1)                                             # (B,), as all counts below
+        n_masks = (noise * n_unknown).round().clamp(min=1).minimum(n_unknown)
+        x = x.masked_fill(random_ones(~known, n_masks), V)
+        yield x, (x != V).float()
+        if not remask:
+            steps = min(steps, int(n_masks.max()))      # a step for each token is enough
         for i in range(1, steps + 1):
-            masked = x == self.V
-            left, shown = masked.sum(1), ~(masked | known)
-            after = (first * SCHEDULES[schedule](1 - i / steps)).round().long().minimum(left)
-            if not remask:          # each step reveals at least one, and leaves one for each to come
-                after = after.clamp(min=steps - i).minimum(left - 1).clamp(min=0)
-            back = (remask * (n - left) + torch.rand(n.shape, device=n.device)).long().minimum(after)
-            quota = left - after + back                                         # (B,) to reveal in this step
-            blind = order == "random" and threshold == 1        # then no logits choose: head at these alone
-            reveal = lot(masked, quota) if blind else masked
-            if not (quota.any() if threshold == 1 else left.any()):
+            after = (n_masks * SCHEDULES[schedule](1 - i / steps)).round()      # [MASK]s after this step
+            new = ~known & (x != V)
+            chance = torch.rand_like(after)             # rounds up or down, so that the mean is right
+            back = (remask * new.sum(1) + chance).floor().minimum(after)
+            x = x.masked_fill(random_ones(new, back), V)
+            masked = x == V
+            quota = masked.sum(1) - after                                       # how many to fill in now
+            if not (quota > 0).any():
                 continue
-            at = reveal.flatten().nonzero().squeeze(1)
-            logits = self.denoise_at(x, at)                                     # (K, V)
-            if guidance:            # away from what they are without the known tokens (arXiv:2207.12598)
-                without = self.denoise_at(x.masked_fill(known, self.V), at)
+            # random places don't depend on the guesses: choose first, and ask for those alone
+            blind = order == "random" and threshold == 1
+            where = random_ones(masked, quota) if blind else masked
+            logits = self.denoise(x, where)                                     # (K, V)
+            if guidance:
+                without = self.denoise(x.masked_fill(known, V), where)
                 logits = without + (1 + guidance) * (logits - without)
             if not blind:
-                p, nowhere = logits.softmax(1), torch.full(x.shape, -torch.inf, device=x.device)
-                reveal = choose(nowhere.masked_scatter(masked, ORDERS[order](p)), quota)
-                reveal |= nowhere.masked_scatter(masked, p.amax(1)) > threshold
-                logits = logits[reveal[masked]]
-            x = x.masked_scatter(reveal, draw(probabilities(logits, temperature, top_k, top_p)))
-            x = x.masked_fill(lot(shown, back), self.V) if remask else x
-            yield x, (x != self.V).float()
+                keep = choose(where, logits.softmax(1), quota, order, threshold)
+                logits = logits[keep[where]]
+                where = keep
+            tokens = draw(probabilities(logits, temperature, top_k, top_p))
+            x = x.masked_scatter(where, tokens)
+            yield x, (x != V).float()
+
+
+# ---- embed: Gaussian noise on the tokens' vectors
+
 
 class Embed(nn.Module):
-    """Gaussian noise on embeddings: xt = alpha E[x0] + sigma eps, alpha^2 = sigmoid(logsnr) = 1 - sigma^2.
-    The network answers with a distribution over tokens (CDCD, arXiv:2211.15089) and learns by cross-entropy.
-    E's rows, of width D, have length sqrt(D): they can neither shrink together nor run away. Equal pieces of
-    t carry about equal parts of the bound: the schedule was fitted to what characters and byte pairs cost."""
-    ENDS = 5.5, -6.0        # log D + logsnr at t = 0 and t = 1
-    CURVE = 4, 3.5          # of the schedule in between: c / log V and a; h nats are decided around x = 2 h
-    KNOWN_SHARE = 1 / 8     # of training rows, of which a part is known
-    HIDDEN_SHARE = 0.1      # of their other tokens, of which xt tells nothing
+    """Gaussian noise on embeddings: xt = alpha E[x0] + sigma eps, with alpha^2 + sigma^2 = 1.
+
+    The network answers with a distribution over tokens and learns by cross-entropy (CDCD, arXiv:2211.15089).
+    The noise level is measured by logsnr = log(alpha^2 / sigma^2), which falls as t grows.
+    """
+    ENDS = 5.5, -6.0        # log D + logsnr at t = 0, where text can be read off, and at t = 1, where it can't
+    CURVE = 4, 3.5          # the shape of the schedule in between, see schedule()
+    KNOWN_SHARE = 1 / 8     # this share of the rows in training has a part that is known
+    HIDDEN_SHARE = 0.1      # this share of the tokens in training is hidden altogether
 
     def __init__(self, cfg, V):
         super().__init__()
-        self.V, self.D, C = V, cfg.embed_dim, cfg.n_embd
-        self.weight = nn.Parameter(torch.randn(V, self.D))
-        self.stem, self.stem_sc = Linear(self.D, C, zero=True), Linear(self.D, C)
+        C, D = cfg.n_embd, cfg.embed_dim
+        self.V = V
+        self.D = D
+        self.weight = nn.Parameter(torch.randn(V, D))   # the embeddings, before table() sets their length
+        self.stem = Linear(D, C, zero=True)             # takes xt in
+        self.stem_sc = Linear(D, C)                     # takes in the previous estimate of the embeddings
         self.stem_bias = nn.Parameter(torch.randn(C))
         self.net = Transformer(cfg)
         self.head = Linear(C, V)
-        self.bias = nn.Parameter(torch.zeros(V))        # of the head; train.py puts the log-frequencies there
+        self.bias = nn.Parameter(torch.zeros(V))        # the head's; train.py puts the log-frequencies there
 
     def table(self):
-        """E (V, D), the embeddings: float32 rows of length sqrt(D)."""
+        """E (V, D): every embedding has the length sqrt(D), so they can neither shrink nor run away."""
         return self.D ** 0.5 * F.normalize(self.weight, dim=1)
 
-    def schedule(self, t):
-        """logsnr at t, and how steeply it falls there, which is one over its density; each of t's shape.
-        t = (1 + x / c)^-a where x = D e^logsnr, but that both ends are cut off: for D = c, t = sigma^(2a)."""
-        c, a = self.CURVE[0] * math.log(self.V), self.CURVE[1]
-        clean, noisy = ((1 + math.exp(end) / c) ** -a for end in self.ENDS)
-        u = clean + (noisy - clean) * t
-        x = c * (u ** (-1 / a) - 1)
-        return (x / self.D).log(), (noisy - clean) * (c + x) / (a * u * x)
+    def embed(self, x0):
+        """E[x0] (B, T, D). Not by plain indexing, whose gradient isn't repeatable on several threads."""
+        return F.embedding(x0, self.table())
 
-    def logsnr(self, t):
-        """log(alpha^2 / sigma^2) at t: falls from 5.5 - log D at t = 0 to -6 - log D at t = 1."""
-        return self.schedule(t)[0]
+    def schedule(self, t):
+        """logsnr at t, and how steeply it falls there; each has the shape of t.
+
+        With x = D e^logsnr, t is (1 + x / c)^-a, stretched so that it goes from 0 to 1 between the ENDS.
+        c and a come from CURVE, which was fitted to what characters and byte pairs cost: equal pieces of t
+        carry about equal parts of the bound. h nats are decided around x = 2 h, so c grows with log V.
+        """
+        c = self.CURVE[0] * math.log(self.V)
+        a = self.CURVE[1]
+        at_0, at_1 = ((1 + math.exp(end) / c) ** -a for end in self.ENDS)
+        u = at_0 + (at_1 - at_0) * t
+        x = c * (u ** (-1 / a) - 1)
+        slope = (at_1 - at_0) * (c + x) / (a * u * x)
+        return (x / self.D).log(), slope
 
     def scales(self, t):
         """alpha and sigma at t."""
-        logsnr = self.logsnr(t)
+        logsnr, _ = self.schedule(t)
         return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
 
     def corrupt(self, x0, t):
-        """(B, T, D): the embeddings of x0 (B, T), noised to t (B,)."""
-        e, (alpha, sigma) = self.table()[x0], self.scales(t[:, None, None])
+        """(B, T, D): the embeddings of x0 (B, T) with the noise of t (B,)."""
+        alpha, sigma = self.scales(t[:, None, None])
+        e = self.embed(x0)
         return alpha * e + sigma * torch.randn_like(e)
 
     def alone(self, xt, t, known=None):
-        """Logits (B, T, V) of the exact posterior of each token when nothing but its own xt and the tokens'
-        frequencies is known. A known token is one at the clean end of the noise."""
+        """Logits (B, T, V) of each token from its own xt and the frequencies alone: Bayes' rule, no network.
+
+        A known token counts as one at t = 0. A hidden one has xt = 0, which tells nothing.
+        """
         t = t[:, None, None]
-        alpha, sigma = self.scales(t if known is None else t * ~known[..., None])
+        if known is not None:
+            t = t * ~known[..., None]                   # 0 where known
+        alpha, sigma = self.scales(t)
         return F.linear(alpha / sigma ** 2 * xt, self.table(), self.bias)
 
     def estimate(self, logits):
-        """e0 (B, T, D): the mean embedding under the logits (B, T, V), in the precision of the network."""
-        p = logits.softmax(-1).to(self.net.dtype)           # half the traffic, where it is bfloat16
+        """(B, T, D): the mean embedding under the logits (B, T, V), in the precision of the network."""
+        p = logits.softmax(-1).to(self.net.dtype)
         return (p @ self.table().to(p.dtype)).float()
 
     def denoise(self, xt, t, sc=None, known=None):
-        """Logits (B, T, V) of each position's token given xt (B, T, D) at t (B,): what the context tells,
-        from the network, is added to the exact posterior of the token alone. sc (B, T, D) is an earlier
-        estimate of the embeddings (self-conditioning, arXiv:2208.04202), by default that of each token alone.
-        Where known (B, T) is True, xt holds the embedding itself, without noise."""
+        """Logits (B, T, V): what each token tells alone, plus what the network reads from the context.
+
+        sc (B, T, D) is the previous estimate of the embeddings (self-conditioning, arXiv:2208.04202), at
+        first that of each token alone. Where known (B, T) is True, xt holds the embedding without noise.
+        """
         alone = self.alone(xt, t, known)
-        sc = self.estimate(alone).detach() if sc is None else sc
-        # the network normalises its input: beside a vector that is always there, it sees how sure sc is
+        if sc is None:
+            sc = self.estimate(alone).detach()
+        # The length of sc says how sure it is. The network normalises its input, which would lose that
+        # length, but next to a vector that is always there, it shows.
         h = self.stem(xt) + self.stem_sc(sc) + self.stem_bias
         return alone + self.head(self.net(h, t)).float()
 
     def forward(self, x0, t):
-        """What training minimises: the mean cross-entropy of the unknown tokens."""
-        (B, T), device = x0.shape, x0.device
-        # in a few rows a part is known: a beginning, or in every other row scattered tokens
-        place, share = torch.rand(B, T, device=device), torch.rand(B, 1, device=device)
-        place[::2] = torch.arange(T, device=device) / T
-        known = (place < share) & (torch.rand(B, 1, device=device) < self.KNOWN_SHARE)
-        xt = torch.where(known[..., None], self.table()[x0], self.corrupt(x0, t))
-        # some are hidden: of them the network must say what the context tells, its part of all logits
+        """The training loss: the mean cross-entropy of the unknown tokens."""
+        B, T = x0.shape
+        device = x0.device
+        xt = self.corrupt(x0, t)
+
+        # some rows have known tokens, a random share of each: never the last one, so that some token is unknown
+        known = torch.rand(B, T, device=device) < torch.rand(B, 1, device=device)
+        known &= torch.rand(B, 1, device=device) < self.KNOWN_SHARE
+        known[:, -1] = False
+        xt = torch.where(known[..., None], self.embed(x0), xt)
+
+        # some tokens are hidden (set to zero): there the network must say what the context alone tells
         hidden = ~known & (torch.rand(B, T, device=device) < self.HIDDEN_SHARE)
         xt = xt.masked_fill(hidden[..., None], 0)
-        # each fourth row gets the estimate of each token alone, the others a better one: their own
+
+        # Self-conditioning: a quarter of the rows gets what each token tells alone, the others what a first
+        # look at this xt gave. Which ones is no matter, since rows come in random order.
+        first = (B + 3) // 4
         with torch.no_grad():
             sc = self.estimate(self.alone(xt, t, known))
-            row = torch.arange(B - -(-B // 4), device=device)
-            row = row + row // 3 + 1                                            # 1, 2, 3, 5, 6, 7, 9, ...
-            own = self.denoise(xt[row], t[row], sc=sc[row], known=known[row])
-            sc = sc.index_copy(0, row, self.estimate(own))
-        logits = self.denoise(xt, t, sc=sc, known=known)
-        nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
-        return (nll * ~known).sum() / (~known).sum().clamp(min=1)
+            logits = self.denoise(xt.detach()[first:], t[first:], sc[first:], known[first:])
+            sc[first:] = self.estimate(logits)
 
-    def refined(self, x0, t):
-        """Probabilities (B, T, V) of each token of x0, noised to t: the mean of a second and a third look,
-        each with the estimate of the one before. Their errors differ: the bound is lower than either's."""
+        logits = self.denoise(xt, t, sc, known)
+        truth = x0.masked_fill(known, -100)             # F.cross_entropy leaves these out
+        return F.cross_entropy(logits.transpose(1, 2), truth)
+
+    def predict(self, x0, t):
+        """Noises x0 to t; probabilities (B, T, V) of its tokens: the mean of a second and a third look.
+
+        Each look at the same xt is told the estimate of the one before. The errors of the two differ, so
+        their mean gives a lower bound than either.
+        """
         xt = self.corrupt(x0, t)
-        second = self.denoise(xt, t, sc=self.estimate(self.denoise(xt, t)))
-        third = self.denoise(xt, t, sc=self.estimate(second))
-        return (second.softmax(-1, dtype=torch.float32) + third.softmax(-1, dtype=torch.float32)) / 2
+        first = self.denoise(xt, t)
+        second = self.denoise(xt, t, self.estimate(first))
+        third = self.denoise(xt, t, self.estimate(second))
+        return (second.softmax(-1) + third.softmax(-1)) / 2
 
     def nelbo(self, x0, t):
-        """(B,) nats per token; for t ~ U(0, 1) its mean is an upper bound on -log p(x0) / T (VDM,
-        arXiv:2107.00630, eq. 11): what the noisy end tells, the integral of 1/2 e^logsnr |E[x0] - e0|^2 over
-        logsnr (eq. 17), of which t is a sample, and the cross-entropy at the clean end."""
-        zero, one = torch.zeros_like(t), torch.ones_like(t)
-        prior = 0.5 * self.D * F.softplus(self.logsnr(one))                     # KL(q(x1|x0) || N(0, I))
-        (logsnr, slope), e0 = self.schedule(t), self.refined(x0, t) @ self.table()
-        between = 0.5 * logsnr.exp() * slope * (self.table()[x0] - e0).square().sum(-1).mean(1)
-        clean = self.denoise(self.corrupt(x0, zero), zero).transpose(1, 2)
-        return prior + between + F.cross_entropy(clean, x0, reduction="none").mean(1)
+        """(B,) nats per token. The mean over uniform t is an upper bound on -log p(x0) / T.
+
+        It has three parts (VDM, arXiv:2107.00630, eq. 11 and 17): what can still be read at the noisy end,
+        the integral over logsnr of 1/2 e^logsnr |E[x0] - e0|^2, of which t is a sample, and the
+        cross-entropy at the clean end.
+        """
+        logsnr, _ = self.schedule(torch.ones_like(t))
+        noisy_end = 0.5 * self.D * F.softplus(logsnr)                           # KL(q(x1 | x0) || N(0, I))
+
+        logsnr, slope = self.schedule(t)
+        e0 = self.predict(x0, t) @ self.table()
+        error = (self.embed(x0) - e0).square().sum(-1).mean(1)
+        between = 0.5 * logsnr.exp() * slope * error
+
+        clean = torch.zeros_like(t)
+        logits = self.denoise(self.corrupt(x0, clean), clean)
+        clean_end = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none").mean(1)
+        return noisy_end + between + clean_end
 
     def measures(self, x0, t):
-        """Scalars by name, for the table by noise level, where a collapsed model shows at once."""
-        p = self.refined(x0, t)
-        e, e0 = self.table()[x0], p @ self.table()
-        return {"noise share": (-self.logsnr(t)).sigmoid().mean(),
-                "cross-entropy": F.nll_loss(p.clamp(min=1e-30).log().flatten(0, 1), x0.flatten()),
-                "accuracy": (p.argmax(-1) == x0).float().mean(),
-                "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
-                "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean()}
+        """Scalars by name, for train.py's table by noise level. A collapsed model shows in the last two."""
+        p = self.predict(x0, t)
+        e, e0 = self.embed(x0), p @ self.table()
+        _, sigma = self.scales(t)
+        log_p = p.clamp(min=1e-30).log()
+        return {
+            "noise share": sigma.square().mean(),
+            "cross-entropy": F.nll_loss(log_p.transpose(1, 2), x0),
+            "accuracy": (p.argmax(-1) == x0).float().mean(),
+            "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
+            "magnitude": (e0.norm(dim=-1) / e.norm(dim=-1)).mean(),
+        }
 
     @torch.no_grad()
-    def sample(self, x, known, steps, noise=1.0, schedule="linear", eta=1.0, guidance=0.0, temperature=1.0,
-               top_k=0, top_p=1.0):
-        """Yields (tokens, certainty), (B, T) each: of noise, then after each of the steps; tokens are the
-        likeliest, certainty is their probability. x (B, T) counts where known (B, T) and, with noise below 1,
-        elsewhere: it is noised to t = noise. eta 1 is ancestral sampling (VDM, arXiv:2107.00630, eq. 32-33),
-        eta 0 deterministic (DDIM, arXiv:2010.02502, eq. 12). guidance, as in Masked, noises what it hides."""
-        E, place = self.table(), known[..., None]
-        given, eps = E[x.where(known, 0)], torch.randn(*x.shape, self.D, device=x.device)
-        start = eps if noise == 1 else self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))
-        z, sc, hidden_sc = given.where(place, start), None, None
-        yield x.where(known, F.linear(z, E, self.bias).argmax(-1)), known.float()
-        grid = [noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)]
-        grid = torch.tensor(grid, device=x.device)
-        (alpha, sigma), logsnr = self.scales(grid), self.logsnr(grid)
-        for i in range(steps if not known.all() else 0):
-            t = grid[i].expand(len(z))
-            logits = self.denoise(z, t, sc=sc, known=known)
+    def sample(
+            self, x, known, steps,
+            noise=1.0,              # where to start: at 1 from pure noise, below from x with that much noise
+            schedule="linear",      # the noise levels of the steps
+            eta=1.0,                # noise that is drawn anew: 1 ancestral, 0 none (DDIM, arXiv:2010.02502)
+            guidance=0.0,           # above 0: away from the logits without known tokens (arXiv:2207.12598)
+            temperature=1.0, top_k=0, top_p=1.0):
+        """Fills in the unknown tokens of x (B, T); yields (tokens, certainty), at first and after each step.
+
+        The idea: estimate the clean embeddings from the noisy z, take away a little noise, and ask again.
+        Tokens are the likeliest ones, and certainty (B, T) is their probability.
+        """
+        E = self.table()
+        fixed = known[..., None]                                                # (B, T, 1)
+        given = E[x.where(known, 0)]
+        z = torch.randn_like(given)
+        if noise < 1:
+            z = self.corrupt(x, torch.full(x.shape[:1], noise, device=x.device))
+        z = given.where(fixed, z)
+        tokens = F.linear(z, E, self.bias).argmax(-1)
+        yield x.where(known, tokens), known.float()
+
+        levels = [noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)]
+        e0 = None
+        levels = torch.tensor(levels, device=x.device)
+        if known.all():
+            return
+        for t, s in pairwise(levels):                   # from level t to a lower one, s
+            now = t.expand(len(z))                                              # (B,)
+            logits = self.denoise(z, now, e0, known)
             if guidance:
-                hidden = torch.where(place, alpha[i] * given + sigma[i] * eps, z)
-                without = self.denoise(hidden, t, sc=hidden_sc)
-                hidden_sc = self.estimate(without)
+                without = self.denoise(z.masked_fill(fixed, 0), now)
                 logits = without + (1 + guidance) * (logits - without)
             p = probabilities(logits, temperature, top_k, top_p)
+            before = e0
+            e0 = p @ E                                                          # the estimate, (B, T, D)
+            ahead = e0 if before is None else 2 * e0 - before                   # extrapolated: second order
+
+            # to level s: keep the noise that z implies, but draw a part of it anew (DDIM, eq. 12 and 16)
+            alpha, sigma = self.scales(t)
+            alpha_s, sigma_s = self.scales(s)
+            eps = (z - alpha * ahead) / sigma
+            fresh = (eta * sigma_s / sigma) ** 2 * (1 - (alpha / alpha_s) ** 2)     # its variance
+            z = alpha_s * ahead + (sigma_s ** 2 - fresh).sqrt() * eps
+            z = z + fresh.sqrt() * torch.randn_like(z)
+            z = given.where(fixed, z)
             certainty, tokens = p.max(-1)
-            before, sc = sc, p @ E
-            e0 = sc if before is None else 2 * sc - before                      # it goes on as it moved
-            # from t to s: e0 and the noise that z implies stay, a share of the latter is drawn anew
-            fresh = -torch.expm1(logsnr[i] - logsnr[i + 1]) * (eta * sigma[i + 1]) ** 2
-            z = (alpha[i + 1] * e0 + (sigma[i + 1] ** 2 - fresh).sqrt() * (z - alpha[i] * e0) / sigma[i]
-                 + fresh.sqrt() * torch.randn_like(z))
-            z = given.where(place, z)
             yield x.where(known, tokens), certainty.where(~known, 1.0)
+
+
+# ---- by name, and from disk
 
 PROCESSES = {"masked": Masked, "embed": Embed}
 
+
 def load_model(path, **changes):
-    """(model, tokenizer, its Config with changes, a line about it) of a model.pt; exits if it isn't one."""
+    """(model, tokenizer, its settings with changes, the checkpoint itself) of a model.pt; exits if it isn't one."""
     ckpt = load_checkpoint(path)
-    cfg, tokenizer = Config(**ckpt["config"] | {"device": "cpu"} | changes), Tokenizer(ckpt["meta"])
+    cfg = Config(**ckpt["config"] | {"device": "cpu"} | changes)
+    tokenizer = Tokenizer(ckpt["meta"])
     model = PROCESSES[cfg.process](cfg, tokenizer.V)
     load_weights(model, ckpt["model"], path)
-    bound, source = ckpt.get("nelbo", math.nan), ckpt["meta"]["source"]         # nan: not measured
-    about = f"step {ckpt['step']}, bound {bound:.4f} nats/token, trained on {source}"
-    return model.to(cfg.device).eval(), tokenizer, cfg, about
+    return model.to(cfg.device).eval(), tokenizer, cfg, ckpt

@@ -2,7 +2,7 @@
 
     python sample.py --text "ROMEO:{64} the moon{32}"     # {n} is n unknown tokens, anywhere; {{ is a brace
     python sample.py --text "To be, or not"               # a text without unknown tokens is continued
-    python sample.py --length 1000                        # in windows that overlap by half a block
+    python sample.py --text scene.txt --length 1000       # in windows that overlap by half a block
     python sample.py --edit "To be, or not to be" --noise 0.4
     python sample.py --steps 300 --order confidence --temperature 0.8 --watch --svg moon.svg
 """
@@ -11,6 +11,8 @@ import os
 import re
 import signal
 import sys
+import time
+from string import Formatter
 
 import torch
 from tqdm import tqdm
@@ -20,88 +22,117 @@ from diffusion import load_model
 from pictures import animation, show
 
 sys.stdout.reconfigure(errors="replace")                # · or 世 where the terminal has no such character
-for number in signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT):        # Windows lacks SIGPIPE
-    signal.signal(number, signal.SIG_DFL)               # Ctrl-C and sample.py | head end it in silence
+# Ctrl-C and sample.py | head end it without a traceback; Windows has no SIGPIPE
+for number in signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+
 cfg = hardware(load(SampleConfig))
-path = os.path.join(cfg.out_dir, "model.pt")
-model, tokenizer, trained, about = load_model(path, device=cfg.device, dtype=cfg.dtype)
-block, n_params = trained.block_size, sum(p.numel() for p in model.parameters())
-print(f"{path}: {trained.process} diffusion, {n_params / 1e6:.2f} M parameters, {about}", file=sys.stderr)
+path = f"{cfg.out_dir}/model.pt"
+model, tokenizer, trained, ckpt = load_model(path, device=cfg.device, dtype=cfg.dtype)
+block = trained.block_size
+print(f"{path}: {trained.process} diffusion, step {ckpt['step']}, "
+      f"bound {ckpt['nelbo']:.4f} nats/token, trained on {ckpt['meta']['source']}", file=sys.stderr)
 
-names = "schedule", "guidance", "order", "threshold", "remask", "eta", "temperature", "top_k", "top_p"
-settings = {name: getattr(cfg, name) for name in names}
-for name in settings.keys() - inspect.signature(model.sample).parameters.keys():
-    if settings.pop(name) != getattr(SampleConfig, name):
-        fail(f"{name} is {getattr(cfg, name)!r}, but {trained.process} diffusion has no such setting")
+# ---- how to sample: the settings that this process has; those of the other one must be left alone
 
-# ---- what is known: the text between its {n}; when editing nothing is, but the text is where noise starts
-if bool(cfg.text) + bool(cfg.prompt_file) + bool(cfg.edit) > 1:
-    fail("text, prompt_file and edit each say what to start from: give one of them")
-text, file = cfg.text or cfg.edit, cfg.prompt_file or (cfg.edit if os.path.isfile(cfg.edit) else "")
-try:
-    if file:
-        with open(file, encoding="utf-8-sig", newline="") as f:         # \r stays: alphabets may have it
-            text = re.sub(r"\r?\n\Z", "", f.read()) or fail(f"{file!r} is empty: nothing to start from")
-    if cfg.svg:
-        open(cfg.svg, "a").close()                      # now, not when all is sampled
-except (OSError, UnicodeDecodeError) as e:
-    fail(f"{getattr(e, 'filename', file)!r} can't be used: {getattr(e, 'strerror', e)}")
-if cfg.edit:
-    settings["noise"] = cfg.noise
-    text = text.replace("{", "{{").replace("}", "}}")   # it is meant as it is
+has = inspect.signature(model.sample).parameters
+settings = {name: value for name, value in vars(cfg).items() if name in has}
+for name in "order", "threshold", "remask", "eta":
+    value = getattr(cfg, name)
+    if name not in has and value != getattr(SampleConfig, name):
+        fail(f"{name} is {value!r}, but {trained.process} diffusion has no such setting")
+
+# ---- what to start from: ids, and which of them are known
+
+
+def read(text):
+    """A text itself, or if it is the name of a file, what the file holds, without the last line's end."""
+    if not os.path.isfile(text):
+        return text
+    try:
+        with open(text, encoding="utf-8-sig", newline="") as f:                 # \r stays: alphabets may have it
+            content = re.sub(r"\r?\n\Z", "", f.read())
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"{text!r} can't be read as UTF-8 text: {e}")
+    return content or fail(f"{text!r} is empty: there is nothing to start from")
+
+
+def parse(text):
+    """The ids of a text and which are known, two lists; {n} stands for n unknown tokens, {{ and }} for braces."""
+    ids, known = [], []
+    try:
+        for plain, n, _, _ in Formatter().parse(text):  # "a{3}b" is ("a", "3"), ("b", None)
+            new = tokenizer.encode(plain)
+            blanks = int(n or 0) * [tokenizer.V]
+            ids += new + blanks
+            known += len(new) * [True] + len(blanks) * [False]
+    except (ValueError, MemoryError) as e:
+        fail(f"{text[:80]!r} can't be read ({e}): {{9}} is 9 unknown tokens, and a brace is doubled")
+    return ids, known
+
+
+if cfg.text and cfg.edit:
+    fail("text and edit each say what to start from: give one of them")
+if cfg.edit:                # nothing is known, but the noise starts from this text, in which braces are braces
+    ids = tokenizer.encode(read(cfg.edit))
+    known = len(ids) * [False]
 elif cfg.noise != SampleConfig.noise:
     fail("noise is for edit: give a text to rewrite")
+else:                       # what lacks to the length is unknown; a text without blanks is continued
+    settings["noise"] = 1.0
+    ids, known = parse(read(cfg.text))
+    length = cfg.length or (block if all(known) else 0)
+    ids += (length - len(ids)) * [tokenizer.V]
+    known += (length - len(known)) * [False]
+if all(known) or cfg.length and cfg.length != len(ids):
+    fail(f"this text has {len(ids)} tokens with the unknown ones: pass --length={len(ids) + all(known)}")
+try:
+    svg = open(cfg.svg or os.devnull, "w", encoding="utf-8")    # noqa: SIM115 (now, not when all is sampled)
+except OSError as e:
+    fail(f"{cfg.svg!r} can't be written: {e.strerror}")
 
-# text, n, text, n, ..., text; meanwhile {{ is half a character, which no text has
-parts = re.split(r"\{(\d{1,18})\}", text.replace("{{", "\ud800"))
-pieces = [tokenizer.encode(part.replace("\ud800", "{").replace("}}", "}")) for part in parts[::2]]
-gaps = [*map(int, parts[1::2]), 0]
-total, length = sum(map(len, pieces)) + sum(gaps), cfg.length or block
-if not cfg.edit and (cfg.length or not any(gaps)):      # unknown to the end, which is one token or more
-    gaps[-1] = max(length - total, 0 if any(gaps) else 1)
-    total += gaps[-1]
-if total > length or cfg.edit and total < cfg.length:
-    fail(f"this text needs {total} tokens with the unknown ones, and gets {length}: pass --length={total}")
-ids = [i for piece, gap in zip(pieces, gaps) for i in piece + [tokenizer.V] * gap]
-known = [i < tokenizer.V and not cfg.edit for i in ids]
-if cfg.guidance and not any(known):
-    fail("guidance follows what is known, and nothing is: give a text, or leave it out")
+# ---- sampling
+
 
 def write(x, known):
-    """Fills x (B, L) in steps, yielding its certainty (B, L); a long x in windows, of which half is known."""
-    certainty, last = known.float(), max(0, x.size(1) - block)
+    """Fills x (B, L) in steps, yielding its certainty; a long x in windows, of which half is known."""
+    certainty = known.float()
+    last = max(0, x.size(1) - block)
     for start in [*range(0, last, max(1, block // 2)), last]:
         window = slice(start, start + block)
-        for tokens, sure in model.sample(x[:, window], known[:, window], cfg.steps, **settings):
-            x[:, window], certainty[:, window] = tokens, sure
+        for tokens, sure in model.sample(x[:, window], known[:, window], **settings):
+            x[:, window] = tokens
+            certainty[:, window] = sure
             yield certainty
         known[:, window] = True
 
-# so many samples at once that they fit into a few GB
-n_at_once = max(1, 2 ** 27 // (min(len(ids), block) * (tokenizer.V + 32 * trained.n_embd)))
-watch = cfg.watch and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-film, every = [], 1         # of the first sample: the state at the start, each 2nd (4th, ...), the latest
-bar = tqdm(desc="network calls", delay=0 if sys.stderr.isatty() and not watch else 1e9)    # it counts unseen
-model.net.register_forward_hook(lambda *_: bar.update() and None)       # anything else would be its output
-torch.manual_seed(-1 - cfg.seed)    # not as in training: the first noise would be the embeddings it drew
+
+# as many samples at once as fit into a few GB
+n_at_once = max(1, 2 ** 27 // (block * (tokenizer.V + 32 * trained.n_embd)))
+in_terminal = sys.stderr.isatty()
+watch = cfg.watch and in_terminal
+film = []                               # the states of the first sample, for --watch and --svg
+calls = []                              # an entry for each call of the network
+model.net.register_forward_hook(lambda *_: calls.append(1))
+torch.manual_seed(-1 - cfg.seed)        # not as in training: the first noise would be the embeddings it drew
+began = time.time()
 for done in range(0, cfg.num_samples, n_at_once):
     n = min(n_at_once, cfg.num_samples - done)
-    x, given = torch.tensor([[ids] * n, [known] * n], device=cfg.device)
-    for i, certainty in enumerate(write(x, given.bool())):
-        if not done and (watch or cfg.svg):
-            state = tokenizer.pieces(x[0].tolist()), certainty[0].tolist()
+    x = torch.tensor([ids] * n, device=cfg.device)
+    given = torch.tensor([known] * n, device=cfg.device)
+    for certainty in tqdm(write(x, given), unit=" steps", leave=False, disable=watch or not in_terminal):
+        if done == 0 and (watch or cfg.svg):
+            film.append((tokenizer.pieces(x[0].tolist()), certainty[0].tolist()))
             if watch:
-                show(film[-1] if film else state, state)
-            film[-(-i // every):] = [state]
-            if len(film) == 49:
-                del film[1::2]
-                every *= 2
-    for n, row in enumerate(x.tolist(), done):
-        print(("-" * 80 + "\n" if n else "") + tokenizer.decode(row), flush=True)
-bar.close()
-seconds, written = bar.format_dict["elapsed"], cfg.num_samples * known.count(False)
-print(f"{written} tokens in {bar.n} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s",
+                show(film[-2:][0], film[-1])
+    for i, row in enumerate(x.tolist(), start=done):
+        if i > 0:
+            print("-" * 80)
+        print(tokenizer.decode(row), flush=True)
+seconds = time.time() - began
+written = cfg.num_samples * known.count(False)
+print(f"{written} tokens in {len(calls)} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s",
       file=sys.stderr)
-if cfg.svg:
-    with open(cfg.svg, "w", encoding="utf-8") as f:
-        f.write(animation(film))
+if film:
+    every = len(film) // 48 + 1         # so many pictures are enough
+    svg.write(animation(film[:-1:every] + film[-1:]))

@@ -3,81 +3,191 @@
     python results/ablations.py masked "causal GPT" --max_iters=800 --eval_iters=128 --seed=1
     python results/ablations.py embed "first order" --init_from=out-embed/model.pt --eval_only=True
 
-Process, variant (one of VARIANTS below), flags of train.py; the last line measures a trained model. A variant
-is what it puts in the place of some text in diffusion.py. The run's folder is a temporary one.
+The arguments are a process, a variant (see VARIANTS below) and flags of train.py. The second line measures a
+model that is trained already. The run's folder is a temporary one.
 """
+import runpy
 import sys
 import tempfile
-import types
+from itertools import pairwise
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).resolve().parents[:2]
 sys.path[:0] = str(HERE), str(ROOT)
 
-ON_THE_BOUND = {"        k, _, target, logits = self.predict(x0, t)\n":
-                "        return self.nelbo(x0, t).mean()\n"}
-OWN_HEAD = {"F.linear(h, self.stem.weight[:self.V].to(h.dtype))": "self.head(h)"}
-DRAWN = "nn.init.normal_(self.stem.weight, std=cfg.n_embd ** -0.5)"
-VARIANTS = {
-    "masked": {
-        "as it is": {},
-        "on the bound": ON_THE_BOUND,                   # a masked token weighs 1/k
-        "uniform times": {"    if bell: ": "    if False: "},
-        "separate head": OWN_HEAD | {DRAWN: "self.head = Linear(cfg.n_embd, V)"},
-        "coins": {      # in training: an independent time for each row, and a coin for each token
-            "        return x0.masked_fill(":
-                "        if self.training:\n"
-                "            k = (torch.rand(x0.shape) < torch.rand(len(x0), 1)).sum(1).to(k)\n"
-                "        return x0.masked_fill("},
-        # its bound is exact; with the tied head it would begin by repeating its input
-        "causal GPT": OWN_HEAD | ON_THE_BOUND | {
-            DRAWN: "self.head = Linear(cfg.n_embd, V, zero=True)",
-            "self.stem(xt), t)": "self.stem(F.pad(xt[:, :-1], (1, 0), value=self.V)), torch.zeros_like(t))",
-            "        k, row, target, logits = self.predict(x0, t)\n":
-                "        logits = self.denoise(x0, t).transpose(1, 2)\n"
-                "        return F.cross_entropy(logits, x0, reduction='none').mean(1)\n",
-            "torch.rand_like(p[:, 0])": "-torch.arange(len(p)).to(p)",         # it samples from left to right
-            'blind = order == "random" and threshold == 1': "blind = False"}},
-    "embed": {
-        "as it is": {},
-        "uniform times": {"    if bell: ": "    if False: "},
-        "no second look": {".detach() if sc is None else sc": ".detach()"},     # also in bound and samples
-        "second look at half": {"row = row + row // 3 + 1": "row = 2 * row[:B // 2] + 1"},
-        "hidden 0": {"HIDDEN_SHARE = 0.1": "HIDDEN_SHARE = 0.0"},
-        "known 0": {"KNOWN_SHARE = 1 / 8": "KNOWN_SHARE = 0.0"},
-        "one look in the bound": {"        second = self.denoise(xt, t, ":
-            "        return self.denoise(xt, t).softmax(-1)\n        second = self.denoise(xt, t, "},
-        "first order": {"2 * sc - before": "sc"}}}                              # the sampler's estimate
-
-def changed(file, changes):
-    """The file's code, with each text replaced by another; raises where it isn't there, or not only once."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    for old, new in changes.items():
-        assert source.count(old) == 1, f"{file} has {old!r} {source.count(old)} times, not once"
-        source = source.replace(old, new)
-    return compile(source, ROOT / file, "exec")
-
-process, name, *flags = sys.argv[1:]
-training = changed("train.py", {"    nelbo, se = total(": "    global nelbo, se\n    nelbo, se = total("})
-codes = {(kind, key): changed("diffusion.py", variants[key]) for kind, variants in VARIANTS.items()
-         for key in variants}
-if (process, name) not in codes:
-    sys.exit(f"error: {process} {name!r} is none of {[*codes]}")
-sys.modules["diffusion"] = types.ModuleType("diffusion")
-exec(codes[process, name], vars(sys.modules["diffusion"]))  # noqa: S102 (our own)
+import torch
+import torch.nn.functional as F
 from judge import Judge
 from samplers import measure
+from torch import nn
 
-if name == "causal GPT":
-    from model import Block, F
-    Block.attention = staticmethod(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-train = {"__name__": "__main__"}
+import diffusion
+from diffusion import ORDERS, Embed, Masked, times
+from model import Linear
+
+# ---- variants of masked
+
+
+class OnTheBound(Masked):
+    """Trains on the bound itself: a masked token weighs 1/k."""
+
+    def forward(self, x0, t):
+        return self.nelbo(x0, t).mean()
+
+
+class SeparateHead(Masked):
+    """The head has weights of its own, and the embeddings start as long as torch makes them."""
+
+    def __init__(self, cfg, V):
+        super().__init__(cfg, V)
+        nn.init.normal_(self.stem.weight)
+        self.head = Linear(cfg.n_embd, V)
+
+    def denoise(self, xt, where):
+        t = (xt == self.V).float().mean(1)
+        h = self.net(self.stem(xt), t)
+        return self.head(h[where]).float() + self.bias
+
+
+class Coins(Masked):
+    """In training each row has a time of its own, independent of the others', and each token a coin."""
+
+    def corrupt(self, x0, t):
+        if not self.training:
+            return super().corrupt(x0, t)
+        t = torch.rand(len(x0), 1, device=x0.device)
+        gone = torch.rand(x0.shape, device=x0.device) < t
+        return x0.masked_fill(gone, self.V)
+
+
+ORDERS["left to right"] = lambda p: -torch.arange(len(p)).to(p)
+
+
+class Causal(SeparateHead):
+    """A GPT of the same parts: what the bound says of it is exact, and it writes from left to right.
+
+    It is told no time. The head is its own and starts at zero: a tied one would begin by repeating its input.
+    """
+
+    def __init__(self, cfg, V):
+        super().__init__(cfg, V)
+        nn.init.zeros_(self.head.weight)
+        for block in self.net.blocks:
+            block.causal = True
+
+    def denoise(self, xt, where):
+        before = F.pad(xt[:, :-1], (1, 0), value=self.V)                    # a place sees those before it
+        t = torch.zeros(len(xt), device=xt.device)
+        h = self.net(self.stem(before), t)
+        return self.head(h[where]).float() + self.bias
+
+    def predict(self, x0, t):
+        everywhere = torch.ones_like(x0, dtype=torch.bool)
+        return everywhere, self.denoise(x0, everywhere), x0.flatten()
+
+    def sample(self, x, known, steps, **settings):
+        return super().sample(x, known, x.size(1), order="left to right", **settings)
+
+
+# ---- variants of embed
+
+
+class NoSecondLook(Embed):
+    """The network is never told its own estimate, but always that of each token alone."""
+
+    def denoise(self, xt, t, sc=None, known=None):
+        return super().denoise(xt, t, None, known)
+
+
+class SecondLookAtHalf(Embed):
+    """A second look at half of the rows in training, not at three quarters."""
+
+    def denoise(self, xt, t, sc=None, known=None):
+        logits = super().denoise(xt, t, sc, known)
+        if self.training and not torch.is_grad_enabled():                       # the first look of forward()
+            n = len(xt) // 3
+            logits[:n] = self.alone(xt, t, known)[:n]
+        return logits
+
+
+class HiddenNone(Embed):
+    """Training hides no tokens."""
+    HIDDEN_SHARE = 0.0
+
+
+class KnownNone(Embed):
+    """No rows in training have known tokens."""
+    KNOWN_SHARE = 0.0
+
+
+class OneLook(Embed):
+    """The bound takes the network's first answer."""
+
+    def predict(self, x0, t):
+        xt = self.corrupt(x0, t)
+        return self.denoise(xt, t).softmax(-1)
+
+
+class FirstOrder(Embed):
+    """The sampler takes its estimate as it is, not extrapolated. It can do nothing but generate."""
+
+    @torch.no_grad()
+    def sample(self, x, known, steps):
+        E = self.table()
+        z = torch.randn_like(E[x])
+        e0 = None
+        levels = torch.tensor([1 - i / steps for i in range(steps + 1)], device=x.device)
+        for t, s in pairwise(levels):
+            logits = self.denoise(z, t.expand(len(z)), e0)
+            p = logits.softmax(-1)
+            e0 = p @ E
+            alpha, sigma = self.scales(t)
+            alpha_s, sigma_s = self.scales(s)
+            eps = (z - alpha * e0) / sigma
+            fresh = (sigma_s / sigma) ** 2 * (1 - (alpha / alpha_s) ** 2)
+            z = alpha_s * e0 + (sigma_s ** 2 - fresh).sqrt() * eps
+            z = z + fresh.sqrt() * torch.randn_like(z)
+            certainty, tokens = p.max(-1)
+            yield tokens, certainty
+
+
+VARIANTS = {
+    "masked": {
+        "as it is": Masked,
+        "on the bound": OnTheBound,
+        "uniform times": Masked,
+        "separate head": SeparateHead,
+        "coins": Coins,
+        "causal GPT": Causal,
+    },
+    "embed": {
+        "as it is": Embed,
+        "uniform times": Embed,
+        "no second look": NoSecondLook,                 # also in bound and samples
+        "second look at half": SecondLookAtHalf,
+        "hidden 0": HiddenNone,
+        "known 0": KnownNone,
+        "one look in the bound": OneLook,
+        "first order": FirstOrder,
+    },
+}
+
+# ---- train.py with the variant in its process's place, then 64 samples
+
+process, name, *flags = sys.argv[1:]
+if name not in VARIANTS.get(process, {}):
+    names = [(kind, key) for kind, variants in VARIANTS.items() for key in variants]
+    sys.exit(f"error: {process} {name!r} is none of {names}")
+diffusion.PROCESSES[process] = VARIANTS[process][name]
+if name == "uniform times":
+    diffusion.times = lambda rng, n_micro, B, bell=False: times(rng, n_micro, B)
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["train.py", f"--process={process}", "--eval_interval=1000000", f"--out_dir={folder}", *flags]
-    exec(training, train)  # noqa: S102
+    train = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 row = f"ROW {process}, {name} {' '.join(flags)}: bound {train['nelbo']:.4f} ± {train['se']:.4f}"
 judge = Judge(f"data/{train['cfg'].dataset}")
-for steps in (32, 128) if name != "causal GPT" else (train["T"],):
-    calls, _, nats, real, entropy = measure(train["ema"], judge, train["tokenizer"], train["T"], steps, {})
+T = train["T"]
+for steps in (T,) if name == "causal GPT" else (32, 128):
+    calls, _, nats, real, entropy = measure(train["ema"], judge, train["tokenizer"], T, steps, {})
     row += f"; {calls} calls: 5-gram nats {nats:.3f}, real words {real:.3f}, entropy {entropy:.3f}"
 print(row)

@@ -2,8 +2,8 @@
 
     python results/chain_rule.py out 64                     # a folder, a number of random validation crops
 
-The chain rule takes a network call for each token: p(x_i | the tokens before it in that order), the rest
-being [MASK]. An order may depend on the logits, computed before the token is seen (arXiv:2603.01367).
+The chain rule takes a network call for each token: p(x_i | the tokens before it in that order), while the
+rest is [MASK]. An order may depend on the logits, which come before the token is seen (arXiv:2603.01367).
 The bound is the mean over all fixed orders, from 64 draws of time and masks for each crop.
 """
 import sys
@@ -17,27 +17,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import crops, load_data
 from diffusion import ORDERS, load_model, times
 
+ALL_ORDERS = {
+    "left to right": lambda p: -torch.arange(len(p)),
+    "right to left": lambda p: torch.arange(len(p)),
+    **ORDERS,
+}
+
+
+def chain_rule(model, x0, order):
+    """(n,) nats per token of x0 (n, T): the tokens with the highest score of an order come first."""
+    n, T = x0.shape
+    x = torch.full_like(x0, model.V)
+    nll = torch.zeros(n)
+    for left in range(T, 0, -1):                        # tokens that are still to come in each crop
+        masked = x == model.V
+        logits = model.denoise(x, masked)                                       # (n left, V)
+        score = order(logits.softmax(1))
+        first = score.view(n, left).argmax(1) + left * torch.arange(n)          # (n,)
+        truth = x0[masked][first]
+        nll += F.cross_entropy(logits[first], truth, reduction="none")
+        row, place = masked.nonzero()[first].T
+        x[row, place] = truth
+    return nll / T
+
 
 def report(name, nats):
-    """Mean over crops and its standard error; each crop counts as one."""
-    print(f"{name:30} {nats.mean():.4f} ± {nats.std() / len(nats) ** 0.5:.4f} nats/token", flush=True)
+    """The mean over crops and its standard error; each crop counts as one."""
+    error = nats.std() / len(nats) ** 0.5
+    print(f"{name:30} {nats.mean():.4f} ± {error:.4f} nats/token", flush=True)
+
 
 torch.set_grad_enabled(False)
-folder, n = sys.argv[1], int(sys.argv[2])
+folder = sys.argv[1]
+n = int(sys.argv[2])
 model, _, cfg, _ = load_model(f"{folder}/model.pt")
-T, V = cfg.block_size, model.V
+_, splits = load_data(cfg.dataset, cfg.block_size)
+x0 = crops(splits["val"], np.random.default_rng(0), n, cfg.block_size)
 torch.manual_seed(0)
-x0 = crops(load_data(cfg.dataset, T)[1]["val"], np.random.default_rng(0), n, T)
-place = {"left to right": lambda p: -torch.arange(len(p)), "right to left": lambda p: torch.arange(len(p))}
-for name, order in (place | ORDERS).items():
-    x, nll = torch.full_like(x0, V), []
-    for left in range(T, 0, -1):                        # tokens to come in each crop
-        at = (x == V).flatten().nonzero().squeeze(1)                            # (n left,)
-        logits = model.denoise_at(x, at)
-        first = order(logits.softmax(1)).view(n, left).argmax(1) + left * torch.arange(n)       # (n,)
-        at, target = at[first], x0.flatten()[at[first]]
-        nll.append(F.cross_entropy(logits[first], target, reduction="none"))
-        x = x.flatten().index_copy(0, at, target).view(n, T)
-    report(f"chain rule, {name}", torch.stack(nll).mean(0))
-bounds = [model.nelbo(x0, times(np.random.default_rng(i), 1, n)[0]) for i in range(64)]
-report("bound", torch.stack(bounds).mean(0))
+for name, order in ALL_ORDERS.items():
+    report(f"chain rule, {name}", chain_rule(model, x0, order))
+draws = []
+for i in range(64):
+    t = times(np.random.default_rng(i), 1, n)[0]
+    draws.append(model.nelbo(x0, t))
+report("bound", torch.stack(draws).mean(0))
