@@ -64,6 +64,7 @@ class Config:
     eval_iters: number(int, 2) = 64             # batches of an evaluation, the same ones each time
     log_interval: positive = 10                 # steps from one look at the training loss to the next
     process: choice("masked", "embed") = "masked"   # which kind of noise
+    net: choice("own", "roberta") = "own"       # the network: model.py's, or RoBERTa (prepare_roberta.py)
     embed_dim: positive = 16                    # of embed: the width of its vectors
     batch_size: positive = 32                   # sequences in a micro-batch on one device
     gradient_accumulation_steps: positive = 1   # micro-batches in a step, of all devices together
@@ -72,7 +73,7 @@ class Config:
     n_head: positive = 3
     n_embd: positive = 192                      # channels: an even number for each head
     dropout: not_all = 0.0
-    learning_rate: amount = 0.01                # of Muon, for the matrices of the blocks
+    learning_rate: amount = 0.01                # of Muon, for the matrices of the own net's blocks
     adam_lr: amount = 0.005                     # of AdamW, for everything else
     weight_decay: amount = 0.1                  # of Muon only
     grad_clip: amount = 1.0                     # longer gradients are shortened to this norm; 0: never

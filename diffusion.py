@@ -21,8 +21,11 @@ from torch import nn
 from config import Config
 from data import Tokenizer, load_checkpoint, load_weights
 from model import Linear, Transformer
+from roberta import Roberta
 
 # ---- what both processes use
+
+NETWORKS = {"own": Transformer, "roberta": Roberta}
 
 # How a sampler walks from t = 1 to t = 0: u falls from 1 to 0 in even steps, and the function gives t.
 SCHEDULES = {
@@ -135,7 +138,7 @@ class Masked(nn.Module):
         self.V = V                                      # also the id of [MASK]
         self.stem = nn.Embedding(V + 1, cfg.n_embd)     # its first V rows are the head's weights, too
         nn.init.normal_(self.stem.weight, std=cfg.n_embd ** -0.5)
-        self.net = Transformer(cfg)
+        self.net = NETWORKS[cfg.net](cfg)
         self.register_buffer("bias", torch.zeros(V))    # the head's: train.py puts log-frequencies there
 
     def corrupt(self, x0, t):
@@ -263,7 +266,7 @@ class Embed(nn.Module):
         self.stem = Linear(D, C, zero=True)             # takes xt in
         self.stem_sc = Linear(D, C)                     # takes in the previous estimate of the embeddings
         self.stem_bias = nn.Parameter(torch.randn(C))
-        self.net = Transformer(cfg)
+        self.net = NETWORKS[cfg.net](cfg)
         self.head = Linear(C, V)
         self.bias = nn.Parameter(torch.zeros(V))        # the head's; train.py puts the log-frequencies there
 

@@ -37,11 +37,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def configure_optimizers(model, cfg):
-    """Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
+    """Muon for the matrices of the blocks, AdamW for everything else.
+
+    RoBERTa is for AdamW alone: to go on by Muon where Adam began harms what was learned (arXiv:2605.10468).
+    """
+    matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2 and cfg.net == "own"]
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
-    muon = Muon(matrices, {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": 0.95})
+    muon = Muon(
+        [{"params": matrices}],         # a group may be empty, a list may not
+        {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": 0.95})
     adamw = torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
     return [muon, adamw]
 
