@@ -520,10 +520,10 @@ def broken(text_dir):
     dataset("beyond", train=np.full(100, 999, np.uint16).tobytes())
     dataset("other", chars=alphabet["chars"][::-1])
     dataset("unfinished")
+    os.remove("data/unfinished/meta.json")              # as prepare_openwebtext.py leaves it when stopped
     model = load_checkpoint("out/model.pt")
     whole = everything("out")
     put({"data/broken/meta.json": '{"tokenizer": "cha', "empty.txt": "\n",
-         "data/unfinished/progress.json": '{"command": "python prepare.py --input b"}',
          "bad/cut/model.pt": whole["out/model.pt"][:5000], "bad/ckpt.pt": whole["out/ckpt.pt"][:5000]})
     for name, content in {"foreign": {"model": 1}, "code": {"f": os.system},
                           "shape": model | {"config": model["config"] | {"n_embd": 64}}}.items():
@@ -534,9 +534,9 @@ def broken(text_dir):
 @pytest.mark.parametrize("words, flags", [
     ("data/none can't be used .* --dataset none", ["--dataset=none"]),
     ("data/broken can't be used", ["--dataset=broken"]),
-    ("data/unfinished is unfinished: python prepare.py --input b", ["--dataset=unfinished"]),
-    ("data/odd", ["--dataset=odd"]), ("cut-off/train.bin has 99 tokens, not the 100", ["--dataset=cut-off"]),
-    ("fewer than block_size 32", ["--dataset=short"]), ("the id 999, beyond the vocab", ["--dataset=beyond"]),
+    ("data/unfinished can't be used .* --dataset unfinished .* goes on with it", ["--dataset=unfinished"]),
+    ("data/odd", ["--dataset=odd"]), ("cut-off/train.bin has 99 tokens: .* says 100", ["--dataset=cut-off"]),
+    ("a block takes at least 32", ["--dataset=short"]), ("ids beyond the vocab", ["--dataset=beyond"]),
     ("another vocabulary", ["--dataset=other", "--init_from=out/model.pt"]),
     ("nowhere/ckpt.pt isn't a checkpoint.*FileNotFound", ["--init_from=resume", "--out_dir=nowhere"]),
     ("bad/ckpt.pt isn't a checkpoint of this version", ["--init_from=resume", "--out_dir=bad"]),
@@ -555,7 +555,7 @@ def test_training_refuses_what_it_cannot_use(here, broken, words, flags):
     *((f"bad/{name}/model.pt .*version", [f"--out_dir=bad/{name}"]) for name in ("cut", "foreign", "code", "shape")),
     ("'世' isn't in the tokenizer's alphabet", ["--text=世{3}"]), ("give one of them", ["--text=a{3}", "--edit=b"]),
     ("'out/model.pt' can't be read as UTF-8", ["--text=out/model.pt"]), ("is empty", ["--text=empty.txt"]),
-    ("guidance follows what is known", ["--guidance=1", "--edit=abc"]), ("a brace is doubled", ["--text=a{b}"]),
+    ("a brace is doubled", ["--text=a{b}"]),
     ("eta is 0.5, but masked diffusion has no such setting", ["--eta=0.5"]),
     ("nowhere/a.svg' can't be written", ["--svg=nowhere/a.svg"])])
 def test_sampling_refuses_what_it_cannot_use(here, broken, words, flags):
@@ -675,7 +675,7 @@ def test_svg_holds_every_state_and_ends_with_the_text(here, capsys, monkeypatch,
 
 @pytest.mark.parametrize("text, lines", [
     (64 * "a" + "\nb", [64 * "a", "b"]), (65 * "a", [64 * "a", "a"]), ("a\n\nb", ["a", "b"]),
-    ("世世<", ["世世<"]), (33 * "世", [32 * "世", "世"]), ("a\x07\tb", ["a  b"])])
+    ("世世<", ["世世<"]), ("a\x07\tb", ["a  b"])])
 def test_svg_lays_text_out_in_lines_and_columns_which_earlier_pictures_keep(text, lines):
     states = (len(text) * ["世·\n"], len(text) * [0.1]), (list(text), len(text) * [1])
     *_, first, final = drawn(animation(states))
@@ -701,14 +701,14 @@ def test_pieces_of_byte_pairs_keep_halves_of_characters_together(gpt2):
     assert len(ids) == len(pieces) > 5 and "".join(pieces) == "a 世界🙂" == gpt2.decode(ids)
     assert gpt2.pieces([ids[0], gpt2.V, ids[-1]])[:2] == ["a", "·"]
     assert gpt2.decode([*ids[:-1], gpt2.V]).endswith("�·")
-    assert gpt2.decode(ids[:-1]).endswith("�") and gpt2.decode([]) == ""
+    assert gpt2.decode(ids[:-1]) == "a 世界" and gpt2.decode([]) == ""         # half a character is none
 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_byte_pairs_train_and_padding_is_never_sampled(here, gpt2, process, capsys):
     put({"docs.txt": topics["lambda"] * 9})
     if not os.path.exists("data/docs"):
-        script("prepare_openwebtext.py", "--input", "docs.txt", "--val", "docs.txt", "--dataset", "docs")
+        script("prepare_openwebtext.py", "--input", "docs.txt", "--dataset", "docs")
     ran = script("train.py", *SMALL, "--dataset=docs", f"--process={process}", "--max_iters=2", "--batch_size=2",
                  "--block_size=16", "--n_layer=1", f"--out_dir=docs-{process}")
     model, out = ran["ema"], capsys.readouterr().out
