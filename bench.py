@@ -79,9 +79,7 @@ print(f"{chip}, torch {torch.__version__}, {cfg.dtype}{', compiled' * cfg.compil
 def batch(rng, t):
     """Random crops (B, T) and their times t (B,), on the device."""
     x0 = crops(tokens, rng, B, T)
-    if on_cuda:
-        x0, t = x0.pin_memory(), t.pin_memory()
-    return x0.to(cfg.device, non_blocking=True), t.to(cfg.device, non_blocking=True)
+    return x0.to(cfg.device), t.to(cfg.device)
 
 
 def train(model, ema, optimizers, n):
