@@ -413,7 +413,7 @@ def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys, 
 @pytest.mark.parametrize("numbers, code, step", [([signal.SIGTERM], -15, 1), ([signal.SIGINT] * 2, -2, 0)])
 def test_a_stop_ends_by_its_signal_a_second_one_at_once(here, numbers, code, step):
     run = python("-c", f"""
-import os, runpy, sys
+import os, runpy, sys, time
 from diffusion import Masked
 forward, calls = Masked.forward, []
 def signalled(*args):
@@ -421,6 +421,7 @@ def signalled(*args):
     if len(calls) == 2:
         for number in {[*map(int, numbers)]}:
             os.kill(os.getpid(), number)
+            time.sleep(0.1)
     return forward(*args)
 Masked.forward = signalled
 sys.argv = ["train.py", *{SMALL}, "--out_dir=by{code}", "--gradient_accumulation_steps=1"]
