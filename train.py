@@ -267,7 +267,7 @@ def save(nelbo=math.inf):
 
 
 losses = []                                 # of the micro-batches since the last look, on the device
-train_loss = ""                             # their mean; nothing before the first step
+train_loss = log.get(step, ",").split(",")[1]           # their mean; nothing where no step was taken
 saved = True                                # whether the last attempt to save worked
 # a terminal shows the bar; elsewhere, as in a log file, it is printed once a minute
 in_terminal = sys.stderr.isatty()
