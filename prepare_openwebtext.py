@@ -291,7 +291,7 @@ def finish():
     meta = {"vocab_size": 50257, "source": ", ".join(args.input)[:200] or "OpenWebText",
             "train_tokens": n_train, "val_tokens": n_val, "val_chars": val_chars}
     meta_path.write_text(json.dumps(meta, indent=1), "utf-8")
-    journal.unlink()                                    # until now, meta.json didn't count
+    journal.unlink()                                    # last: stopped before, the same command comes back here
     print(f"{folder}: {n_train:,} tokens to train on, {n_val:,} to validate; {len(lengths):,} documents of "
           f"{lengths.mean():,.1f} tokens in the mean, {np.median(lengths):,.0f} in the median, "
           f"{(lengths > 1024).mean():.1%} of them longer than 1,024")

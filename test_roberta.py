@@ -5,7 +5,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -19,36 +18,12 @@ import torch
 import optim
 from data import Tokenizer, load_checkpoint
 from diffusion import load_model
+from test_tools import HERE, refused, script
 
 transformers = pytest.importorskip("transformers", reason="RoBERTa's oracle: pip install transformers==5.24.0")
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 END = 50256                                 # <|endoftext|>
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def script(name, *argv):
-    """Runs a script as `python name argv`; returns its globals."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    before, handlers = sys.argv, [signal.getsignal(number) for number in numbers]
-    sys.argv = [name, *argv]
-    try:
-        return runpy.run_path(os.path.join(HERE, name), run_name="__main__")
-    finally:
-        sys.argv = before
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
-
-
-def refused(name, *argv):
-    """The one sentence with which a script refuses argv."""
-    with pytest.raises(SystemExit) as stop:
-        script(name, *argv)
-    assert "\n" not in stop.value.code
-    return stop.value.code
-
 
 SMALL = ["--dataset=pairs", "--device=cpu", "--dtype=float32", "--batch_size=4", "--block_size=32",
          "--dropout=0.1", "--gradient_accumulation_steps=4", "--eval_iters=2", "--eval_interval=4",

@@ -42,7 +42,7 @@ from torch.profiler import profile
 HERE, ROOT = Path(__file__).resolve().parents[:2]
 sys.path[:0] = str(HERE), str(ROOT)
 from judge import Judge
-from samplers import measure
+from samplers import HEAD, ROW, measure
 
 from config import Config, hardware, load
 from diffusion import PROCESSES, load_model, times
@@ -266,10 +266,10 @@ def train(process):
     judge = Judge(f"data/{trained.dataset}")
     say(f"\n{process}, bound {ckpt['nelbo']:.4f} at step {ckpt['step']}; 64 samples of "
         f"{trained.block_size} tokens:\n")
-    say("| model | steps | calls | seconds | 5-gram nats | real words | entropy |\n" + "|---" * 7 + "|")
+    say(HEAD)
     for steps in 16, 64, 256:
         calls, *row = measure(model, judge, tokenizer, trained.block_size, steps, {})
-        say("| {} | {} | {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |".format(process, steps, calls, *row))
+        say(ROW.format(process, steps, calls, *row))
 
 
 # ---- which part

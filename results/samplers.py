@@ -29,6 +29,8 @@ SETTINGS = {
     "embed, eta 0.0": {"eta": 0.0},
 }
 STEPS = 4, 8, 16, 32, 64, 128, 256
+HEAD = "| model | steps | calls | seconds | 5-gram nats | real words | entropy |\n" + "|---" * 7 + "|"
+ROW = "| {} | {} | {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |"
 
 
 def measure(model, judge, tokenizer, T, steps, settings):
@@ -59,8 +61,7 @@ def table(folder):
             if cfg.process == "masked" and "remask" not in settings and steps > cfg.block_size:
                 break
             calls, *row = measure(model, judge, tokenizer, cfg.block_size, steps, settings)
-            print("| {} | {} | {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |".format(name, steps, calls, *row),
-                  flush=True)
+            print(ROW.format(name, steps, calls, *row), flush=True)
 
 
 def read(path):
@@ -94,7 +95,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "plot":
         plot(*sys.argv[2:])
     else:
-        print("| model | steps | calls | seconds | 5-gram nats | real words | entropy |")
-        print("|---" * 7 + "|")
+        print(HEAD)
         for folder in sys.argv[1:]:
             table(folder)
