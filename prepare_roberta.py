@@ -94,7 +94,7 @@ def converted(take, order, mask, n_layer, V):
     bias[:len(order)] = take("lm_head.bias")[order]
     # the first position is row 2; all tokens are of type 0, whose vector is added to each position here
     types = take("roberta.embeddings.token_type_embeddings.weight")
-    positions = take("roberta.embeddings.position_embeddings.weight")[2:] + types[0]
+    positions = take("roberta.embeddings.position_embeddings.weight")[2:].float() + types[0]
     weights = {"stem.weight": stem, "bias": bias, "net.positions": positions}
     for kind in "weight", "bias":
         weights[f"net.norm.{kind}"] = take(f"roberta.embeddings.LayerNorm.{kind}")
@@ -114,7 +114,7 @@ parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpF
 parser.add_argument("folder", type=Path, help="a Hugging Face folder")
 parser.add_argument("--out_dir", default="out-roberta", help="where model.pt goes")
 args = parser.parse_args()
-model_path = os.path.join(args.out_dir, "model.pt")
+model_path = f"{args.out_dir}/model.pt"
 if os.path.exists(model_path):
     fail(f"{model_path} is there already: pass another --out_dir, or delete it")
 
