@@ -2,7 +2,10 @@
 
     python prepare_shakespeare.py                                   # downloads Tiny Shakespeare (1.1 MB)
     python prepare_shakespeare.py --input my.txt.gz --dataset my    # any UTF-8 text, plain, .gz or .xz
-    python prepare_shakespeare.py --vocab_size 2048 --dataset words # tokens are strings of up to a word
+    python prepare_shakespeare.py --vocab_size 0 --dataset characters
+
+A token is a string of up to a word, one of 2,048, or of as many as a short text gives. --vocab_size sets
+another number; with 0, each character is a token.
 
 meta.json has the string of each token (chars), where the text comes from, and how many tokens and characters
 there are: with them, nats per token become bits per character. A folder that holds another text, or the same
@@ -143,10 +146,11 @@ def write(path, text, tokenizer):
         return file.tell() // 2
 
 
-def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0):
+def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=None):
     """Writes data/<dataset>: nine tenths of a text to train on, the rest (or the file val) to validate."""
     text, source = (read(path), path) if path else download()
-    settings, folder = [source, val, like, vocab_size], Path("data", dataset)
+    size = 2048 if vocab_size is None else vocab_size
+    settings, folder = [source, val, like, size], Path("data", dataset)
     check(folder, settings)
     cut = len(text) * 9 // 10
     text, rest = (text, read(val)) if val else (text[:cut], text[cut:])
@@ -154,7 +158,7 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0)
     chars = sorted(counts)
     if like:                                            # the alphabet of a model that is to be fine-tuned
         meta = load_checkpoint(like)["meta"] if like.endswith(".pt") else load_data(like, 1)[0]
-        chars, vocab_size = meta.get("chars"), 0
+        chars, size, vocab_size = meta.get("chars"), 0, None
         if chars is None:
             fail(f"{like} has no characters, but GPT-2's byte pairs: prepare_openwebtext.py writes those")
         lacking = [f"{c!r} ({n:,} times)" for c, n in counts.most_common() if c not in chars]
@@ -164,9 +168,9 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=0)
     if not (text and rest and 2 <= len(chars) <= most):
         fail(f"{source}: {len(text)} + {len(rest)} characters of {len(chars)} kinds, for 2 to {most} tokens")
     try:
-        if vocab_size:
-            chars = joined(chars, text[:2 ** 21], most)                     # 2 M characters tell enough
-            if len(chars) < most:
+        if size:
+            chars = joined(chars, text[:2 ** 21], min(size, most))          # 2 M characters tell enough
+            if vocab_size and len(chars) < most:
                 fail(f"--vocab_size is {vocab_size:,}: this text gives {len(chars):,} at most")
         meta = {"chars": chars, "vocab_size": len(chars), "source": source, "settings": settings}
         tokenizer, meta_path = Tokenizer(meta), folder / "meta.json"
@@ -187,5 +191,5 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", default="shakespeare", help="name of the folder under data/")
     parser.add_argument("--val", help="a file to validate on (default: the last tenth of the text)")
     parser.add_argument("--like", help="a dataset or model.pt with the alphabet to use, to fine-tune a model")
-    parser.add_argument("--vocab_size", type=int, default=0, help="tokens, up to a word each; 0: characters")
+    parser.add_argument("--vocab_size", type=int, help="tokens; 0: characters (default: 2048 or fewer)")
     prepare(**vars(parser.parse_args()))
