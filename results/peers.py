@@ -12,21 +12,27 @@ The data are 10 tokens of a Markov chain over 7, whose exact posterior is known.
 - What does the sampler write with the exact model? Its pairs of neighbours are compared with the chain's by total
   variation, after 2, 4, 10 and 32 steps, and [MASK]s that are left at the end are counted.
 
-A model here is a function of tokens (B, T) in which 7 is [MASK]; it returns logits (B, T, 7). For processes without
-[MASK] the share of tokens that noise has left alone comes second.
+A model here is a function of tokens (B, T) in which 7 is [MASK]; it returns logits (B, T, 8), in which [MASK] is never
+the answer. Models of uniform noise, which has no [MASK], return (B, T, 7) and need to know what share of the tokens the
+noise has left alone; for the others a second argument changes nothing.
 """
 import importlib.metadata
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))   # this repository, for `ours`
 
 V = MASK = 7
 T = 10
 STEPS = 2, 4, 10, 32
 N_LOSS, N_SAMPLES, BATCHES = 1000, 4000, 40
+RNG = np.random.default_rng(0)
 
 # ---- the chain, and what models know of it
 
@@ -75,39 +81,87 @@ def posterior(evidence):
     return both.log().clamp(min=-60).float()
 
 
-def exact(x, kept=None):
-    """The model that knows the chain."""
-    if kept is not None:
-        share = torch.as_tensor(kept).double().reshape(-1, 1, 1)
-        return posterior(share * F.one_hot(x, V) + (1 - share) / V)
-    seen = torch.cat((torch.eye(V), torch.ones(1, V))).double()
-    return posterior(seen[x])
-
-
-def uniform(x, kept=None):
-    """The model that knows nothing but how the noise works."""
-    if kept is not None:
-        share = torch.as_tensor(kept).reshape(-1, 1, 1)
-        return (share * F.one_hot(x, V) + (1 - share) / V).log()
-    return torch.zeros(*x.shape, V)
-
-
-def copying(model):
-    """The model, but a revealed place is sure of its own token."""
-    def copies(x):
-        own = 60.0 * F.one_hot(x.clamp(max=V - 1), V)
-        return torch.where((x == MASK)[..., None], model(x), own)
-    return copies
-
-
 def with_mask(logits):
     """Logits with a column for [MASK], which is never the answer."""
     return torch.cat((logits, torch.full_like(logits[..., :1], -1e9)), -1)
 
 
+def exact(x, kept=None):
+    """The model that knows the chain."""
+    seen = torch.cat((torch.eye(V), torch.ones(1, V))).double()
+    return with_mask(posterior(seen[x]))
+
+
+def uniform(x, kept=None):
+    """The model that knows nothing."""
+    return with_mask(torch.full((*x.shape, V), -math.log(V)))
+
+
+def patched(model, revealed):
+    """The model at [MASK]s, another one where tokens are revealed."""
+    return lambda x, kept=None: model(x).where((x == MASK)[..., None], revealed(x))
+
+
+def copy(x, kept=None):
+    """The model that is sure of what it sees."""
+    return 60.0 * F.one_hot(x, V + 1)
+
+
+def likelihoods(x, kept):
+    """Evidence for posterior: where noise leaves a token alone with probability kept, else draws any."""
+    share = torch.as_tensor(kept).double().reshape(-1, 1, 1)
+    return share * F.one_hot(x, V) + (1 - share) / V
+
+
+def exact_of_noise(x, kept):
+    """The model that knows the chain, under uniform noise."""
+    return posterior(likelihoods(x, kept))
+
+
+def uniform_of_noise(x, kept):
+    """The model that knows nothing but how the noise works."""
+    return likelihoods(x, kept).log().float()
+
+
+# ---- what packages need around a model
+
+
 def masks(n):
     """(n, T) where all is [MASK]."""
     return torch.full((n, T), MASK)
+
+
+def noise(n):
+    """(n, T) random tokens."""
+    return torch.randint(V, (n, T))
+
+
+def draw(logits):
+    """A token at each place."""
+    p = logits.softmax(-1)
+    return torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1])
+
+
+def stepwise(step, start=masks):
+    """The sampler that goes on with step(x, i, steps) from what start(n) gives."""
+    def sample(n, steps):
+        x = start(n)
+        for i in range(steps):
+            x = step(x, i, steps)
+        return x
+    return sample
+
+
+def network(forward):
+    """A torch module that answers by forward; its weights only tell where it lives."""
+    net = torch.nn.Linear(1, 1)
+    net.forward = forward
+    return net
+
+
+def probabilities(model):
+    """The model, with probabilities in the place of logits."""
+    return lambda x, t: model(x, t).softmax(-1)
 
 
 # ---- the measurements
@@ -150,51 +204,42 @@ def scale():
     row("independent tokens", sample=lambda n, steps: torch.multinomial(alone, n, True).T)
 
 
+def measure_ours(what, process, denoise, **settings):
+    """A row of a process of this repository, whose network's place denoise(process, model, ...) takes."""
+    from config import Config
+    from diffusion import times
+
+    cfg = Config(block_size=T, n_layer=1, n_head=1, n_embd=16, device="cpu")
+
+    def build(model):
+        built = process(cfg, V)
+        built.denoise = partial(denoise, built, model)
+        return built
+
+    def loss(model, x0):
+        return build(model).nelbo(x0, times(RNG, 1, len(x0))[0])
+
+    def sample(n, steps):
+        *_, (x, _) = build(exact).sample(masks(n), masks(n) != MASK, steps, **settings)
+        return x
+
+    row(what, loss, sample)
+
+
 def ours():
     """This repository's two processes."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import numpy as np
+    from diffusion import Embed, Masked
 
-    from config import Config
-    from diffusion import PROCESSES, times
+    def masked(process, model, xt, where):
+        return model(xt)[where, :V]
 
-    def build(process, denoise):
-        cfg = Config(process=process, block_size=T, n_layer=1, n_head=1, n_embd=16, device="cpu")
-        model = PROCESSES[process](cfg, V)
-        model.denoise = denoise(model)
-        return model
+    def embed(process, model, xt, t, *_):
+        alone = process.alone(xt, t)            # what each noisy vector tells of its own token
+        return posterior(alone.double().softmax(-1)) if model is exact else alone
 
-    def masked(answer):
-        return lambda model: lambda xt, where: answer(xt)[where]
-
-    def embed(answer):
-        """The evidence of noisy vectors, in the place of tokens."""
-        def of(model):
-            def denoise(xt, t, sc=None, known=None):
-                alpha, sigma = model.scales(t)
-                alike = (alpha / sigma ** 2).reshape(-1, 1, 1) * (xt @ model.table().T)
-                return answer(alike.double().softmax(-1))
-            return denoise
-        return of
-
-    rng = np.random.default_rng(0)
-
-    def measure(what, process, models, **settings):
-        def loss(model, x0):
-            return build(process, model).nelbo(x0, times(rng, 1, len(x0))[0])
-
-        def sample(n, steps):
-            blank = torch.zeros(n, T, dtype=torch.long)
-            *_, (x, _) = build(process, models[1]).sample(blank, blank.bool(), steps, **settings)
-            return x
-
-        row(what, loss, sample, models)
-
-    both = masked(uniform), masked(exact)
-    measure("masked", "masked", both)
-    for order in "confidence", "margin", "entropy":
-        measure(f"masked, order {order}", "masked", both, order=order)
-    measure("embed", "embed", (embed(lambda e: e.log().float()), embed(posterior)))
+    for order in "random", "confidence", "margin", "entropy":
+        measure_ours(f"masked, order {order}", Masked, masked, order=order)
+    measure_ours("embed", Embed, embed)
 
 
 # ---- the packages
@@ -203,163 +248,120 @@ def ours():
 def flow_matching():
     """Meta's discrete flows: a path that mixes source and data, generalised KL, Euler solver."""
     from flow_matching.loss import MixturePathGeneralizedKL
-    from flow_matching.path import MixtureDiscreteProbPath
-    from flow_matching.path.scheduler import PolynomialConvexScheduler
+    from flow_matching.path import MixtureDiscreteProbPath, scheduler
     from flow_matching.solver import MixtureDiscreteEulerSolver
-    from flow_matching.utils import ModelWrapper
 
-    path = MixtureDiscreteProbPath(PolynomialConvexScheduler(n=1.0))
-    kl = MixturePathGeneralizedKL(path, reduction="none")
+    path = MixtureDiscreteProbPath(scheduler.CondOTScheduler())
 
-    class Model(ModelWrapper):
-        def forward(self, x, t):
-            return self.model(x, t).softmax(-1)
-
-    def answer(model, noise, x, t):
-        return with_mask(model(x)) if noise == "mask" else model(x, t)
-
-    def measure(what, noise, *models):
-        def source(n):
-            return masks(n) if noise == "mask" else torch.randint(V, (n, T))
-
+    def measure(what, source, *models):
         def loss(model, x0):
             t = torch.rand(len(x0))
             xt = path.sample(source(len(x0)), x0, t).x_t
-            return kl(answer(model, noise, xt, t), x0, xt, t).mean(1)
+            return MixturePathGeneralizedKL(path)(model(xt, t), x0, xt, t)
 
         def sample(n, steps):
-            model = Model(lambda x, t: answer(models[1], noise, x, t))
-            solver = MixtureDiscreteEulerSolver(model, path, V + (noise == "mask"))
-            return solver.sample(source(n), step_size=1 / steps)
+            solver = MixtureDiscreteEulerSolver(probabilities(models[1]), path, V + (source is masks))
+            return solver.sample(source(n), 1 / steps)
 
         row(what, loss, sample, models)
 
-    def hesitant(x):
-        return exact(x).where((x == MASK)[..., None], 0)    # at revealed places, which no loss trains, anything
-
-    measure("mask source", "mask", uniform, exact)
-    measure("mask source, revealed places copied", "mask", copying(uniform), exact)
-    measure("mask source, a model unsure of what it sees", "mask", uniform, hesitant)
-    measure("the same, revealed places copied", "mask", uniform, copying(hesitant))
-    measure("uniform source", "uniform", uniform, exact)
+    # at revealed places, which no loss trains, the first row's models know nothing
+    measure("mask source", masks, uniform, patched(exact, uniform))
+    measure("mask source, revealed places copied", masks, patched(uniform, copy), exact)
+    measure("uniform source", noise, uniform_of_noise, exact_of_noise)
 
 
 def bionemo_moco():
-    """NVIDIA's MDLM with both schedules, and its sampler that goes by confidence."""
-    from bionemo.moco.distributions.prior.discrete.mask import DiscreteMaskedPrior
-    from bionemo.moco.distributions.time.uniform import UniformTimeDistribution
-    from bionemo.moco.interpolants.continuous_time.discrete.mdlm import MDLM
-    from bionemo.moco.schedules.inference_time_schedules import LinearInferenceSchedule
-    from bionemo.moco.schedules.noise import continuous_noise_transforms as noise
+    """NVIDIA's MDLM, and its sampler that goes by confidence."""
+    from bionemo.moco.distributions.prior import DiscreteMaskedPrior
+    from bionemo.moco.distributions.time import UniformTimeDistribution
+    from bionemo.moco.interpolants import MDLM
+    from bionemo.moco.schedules.noise import continuous_noise_transforms as schedules
 
-    def measure(what, schedule, **settings):
+    def loss(model, x0):
+        t = mdlm.sample_time(len(x0))
+        xt = mdlm.interpolate(x0, t)
+        return mdlm.loss(model(xt), x0, xt, t)
+
+    def step(x, i, steps):
+        return mdlm.step(exact(x), torch.tensor([1 - i / steps]), x, 1 / steps)
+
+    for schedule in schedules.CosineExpNoiseTransform(), schedules.LogLinearExpNoiseTransform():
         mdlm = MDLM(UniformTimeDistribution(), DiscreteMaskedPrior(V + 1), schedule)
-
-        def loss(model, x0):
-            t = mdlm.sample_time(len(x0))
-            xt = mdlm.interpolate(x0, t)
-            return mdlm.loss(with_mask(model(xt)), x0, xt, t)
-
-        def sample(n, steps):
-            time = LinearInferenceSchedule(nsteps=steps, direction="diffusion")
-            x = mdlm.sample_prior((n, T))
-            for t, dt in zip(time.generate_schedule(), time.discretize()):
-                x = mdlm.step(with_mask(exact(x)), t.expand(n), x, dt, **settings)
-            return x
-
-        row(what, loss, sample)
-
-    measure("MDLM, log-linear", noise.LogLinearExpNoiseTransform())
-    measure("MDLM, log-linear, temperature .5", noise.LogLinearExpNoiseTransform(), temperature=0.5)
-    measure("MDLM, cosine", noise.CosineExpNoiseTransform())
-    mdlm = MDLM(UniformTimeDistribution(), DiscreteMaskedPrior(V + 1), noise.LogLinearExpNoiseTransform())
-
-    def confident(n, steps):
-        x = masks(n)
-        for i in range(steps):
-            x = mdlm.step_confidence(with_mask(exact(x)), x, i, steps)
-        return x
-
-    row("MDLM.step_confidence", sample=confident, steps=(T,))
+        row(f"MDLM, {type(schedule).__name__}", loss, stepwise(step))
+    row("MDLM.step_confidence", steps=(T,), sample=stepwise(
+        lambda x, i, steps: mdlm.step_confidence(exact(x), x, i, steps)))
 
 
 def diffusers():
     """The schedulers for tokens; they have no losses."""
     import diffusers as lib
 
-    def amused(temperature):
-        def sample(n, steps):
-            scheduler = lib.AmusedScheduler(mask_token_id=MASK, masking_schedule="linear")
-            scheduler.set_timesteps(steps, temperature=temperature)
-            x = masks(n)
-            for t in scheduler.timesteps:
-                x = scheduler.step(with_mask(exact(x)), int(t), x).prev_sample
-            return x
-        return sample
+    amused = lib.AmusedScheduler(MASK, "linear")
 
-    def blocks(temperature):
-        def sample(n, steps):
-            scheduler = lib.BlockRefinementScheduler(block_length=T)
-            scheduler.set_timesteps(steps, block_length=T)
-            x = masks(n)
-            for i in range(min(steps, T)):
-                logits = with_mask(exact(x))
-                x = scheduler.step(logits, i, x, mask_token_id=MASK, temperature=temperature).prev_sample
-            return x
-        return sample
-
-    def ddim(sweeps, temperature=1.0, **settings):
-        def sample(n, steps):
-            scheduler = lib.DiscreteDDIMScheduler(num_inference_steps=steps, **settings)
+    def measure(what, scheduler, start=masks, model=exact, **settings):
+        def step(x, i, steps):
             scheduler.set_timesteps(steps)
-            x = torch.randint(V, (n, T))
-            for i in range(steps):
-                x = scheduler.step(exact(x, i / steps), i, x, temperature=temperature).prev_sample
-                for _ in range(sweeps * (i + 1 < steps)):
-                    x = scheduler.step_correct(exact(x, (i + 1) / steps), i, x).prev_sample
-            return x
-        return sample
+            t = steps - 1 - i if scheduler is amused else i             # the others count up
+            return scheduler.step(model(x, i / steps), t, x, **settings).prev_sample
 
-    def vq(n, steps):
-        scheduler = lib.VQDiffusionScheduler(V + 1, num_train_timesteps=steps)
-        scheduler.set_timesteps(steps)
-        x = masks(n)
-        for t in scheduler.timesteps:
-            x = scheduler.step(exact(x).transpose(1, 2), t, x).prev_sample
+        row(what, sample=stepwise(step, start))
+
+    measure("AmusedScheduler, default temperature (2, 0)", amused)
+    blocks = lib.BlockRefinementScheduler(T)
+    measure("BlockRefinementScheduler, temperature 1", blocks, mask_token_id=MASK, temperature=1.0)
+    measure("BlockRefinementScheduler, default temperature 0", blocks, mask_token_id=MASK)
+    ddim = lib.DiscreteDDIMScheduler()
+    measure("DiscreteDDIMScheduler, temperature 1", ddim, noise, exact_of_noise, temperature=1.0)
+    measure("DiscreteDDIMScheduler, default temperature 0", ddim, noise, exact_of_noise)
+
+
+def diffusers_again():
+    """Two more of its samplers: DiscreteDDIMScheduler with its corrector, and VQDiffusionScheduler."""
+    import diffusers as lib
+
+    def step(x, i, steps):
+        ddim.set_timesteps(steps)
+        x = ddim.step(exact_of_noise(x, i / steps), i, x, temperature=1.0).prev_sample
+        for _ in range(4 * (i + 1 < steps)):
+            x = ddim.step_correct(exact_of_noise(x, (i + 1) / steps), i, x).prev_sample
         return x
 
-    row("AmusedScheduler, default temperature (2, 0)", sample=amused((2, 0)))
-    row("AmusedScheduler, temperature (0, 0)", sample=amused((0, 0)))
-    row("BlockRefinementScheduler, temperature 1", sample=blocks(1.0))
-    row("BlockRefinementScheduler, default temperature 0", sample=blocks(0.0))
-    row("DiscreteDDIMScheduler, temperature 1", sample=ddim(0))
-    row("DiscreteDDIMScheduler, default temperature 0", sample=ddim(0, 0.0))
-    row("DiscreteDDIMScheduler, 4 sweeps of its corrector a step", sample=ddim(4))
-    row("the same, corrector_selection random", sample=ddim(4, corrector_selection="random"))
-    row("VQDiffusionScheduler, as many steps as trained", sample=vq)
+    for settings in {}, {"corrector_selection": "random"}:
+        ddim = lib.DiscreteDDIMScheduler(**settings)
+        row(f"DiscreteDDIMScheduler, 4 sweeps of its corrector a step, {settings}", sample=stepwise(step, noise))
+
+    def vq(x, i, steps):
+        scheduler = lib.VQDiffusionScheduler(V + 1, num_train_timesteps=steps)
+        scheduler.set_timesteps(steps)
+        logits = exact(x)[..., :V].transpose(1, 2)
+        return scheduler.step(logits, scheduler.timesteps[i], x).prev_sample
+
+    row("VQDiffusionScheduler, as many steps as trained", sample=stepwise(vq))
 
 
 def transformers():
     """The entropy-bound sampler of DiffusionGemma; the model is told which tokens of the canvas were accepted."""
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as gemma
 
-    def write(result, t_max, t_min):
-        def sample(n, steps):
-            bound = gemma.EntropyBoundSamplerConfig(entropy_bound=0.1)      # generate's default, as .8 and .4 are
-            sampler = gemma.EntropyBoundSampler(bound, T, V, steps)
-            x, known = sampler.initialize_canvas(n, "cpu"), torch.zeros(n, T, dtype=torch.bool)
-            for left in range(steps, 0, -1):
-                temperature = t_min + (t_max - t_min) * left / steps
-                logits = exact(x.where(known, MASK)) / temperature
-                drawn = torch.multinomial(logits.softmax(-1).view(-1, V), 1).view(n, T)
-                accepted = sampler.accept_canvas(x, drawn, logits, left)
-                x, known = sampler.renoise_canvas(accepted, left), sampler.accepted_token_mask
-            return logits.argmax(-1) if result == "argmax" else x
-        return sample
+    bound = gemma.EntropyBoundSamplerConfig(0.1)              # generate's default, as .8 and .4 are
 
-    row("EntropyBoundSampler, its canvas, temperature 1", sample=write("canvas", 1, 1))
-    row("EntropyBoundSampler, the argmax that generate returns, temperature 1", sample=write("argmax", 1, 1))
-    row("EntropyBoundSampler, as generate does it, temperature .8 to .4", sample=write("argmax", 0.8, 0.4))
+    def measure(what, argmax, t_max, t_min):
+        def sample(n, steps):
+            sampler = gemma.EntropyBoundSampler(bound, T, V, steps)
+            x = noise(n)
+            known = x == MASK                                               # none
+            for left in range(steps, 0, -1):
+                logits = exact(x.where(known, MASK))[..., :V] / (t_min + (t_max - t_min) * left / steps)
+                x = sampler.accept_canvas(x, draw(logits), logits, left)
+                x, known = sampler.renoise_canvas(x, left), sampler.accepted_token_mask
+            return logits.argmax(-1) if argmax else x
+
+        row(what, sample=sample)
+
+    measure("EntropyBoundSampler, its canvas, temperature 1", False, 1, 1)
+    measure("EntropyBoundSampler, the argmax that generate returns, temperature 1", True, 1, 1)
+    measure("EntropyBoundSampler, as generate does it, temperature .8 to .4", True, 0.8, 0.4)
 
 
 def x_transformers():
@@ -370,7 +372,7 @@ def x_transformers():
         net = TransformerWrapper(num_tokens=V + 1, max_seq_len=T, attn_layers=Encoder(dim=8, depth=1, heads=1))
 
         def forward(x, return_logits_and_embeddings=False, **_):
-            logits = with_mask(model(x))
+            logits = model(x)
             return (logits, None) if return_logits_and_embeddings else logits
 
         net.forward = forward
@@ -390,36 +392,29 @@ def x_transformers():
 
 def d3_dna():
     """SEDD with its absorbing graph, by the score of the exact model: log p - log(e^sigma - 1) at a [MASK]."""
-    from d3_dna.models import diffusion as d3
+    from d3_dna.models.diffusion import Absorbing, GeometricNoise, get_pc_sampler
 
-    graph = d3.Absorbing(V)
+    graph = Absorbing(V)
 
-    def measure(what, predictor, *sigmas):
-        noise = d3.GeometricNoise(*sigmas)
+    @network
+    def score(x, labels, train, sigma, model=exact):
+        log_p = model(x) - sigma.expm1().log().reshape(-1, 1, 1)
+        log_p[..., MASK] = 0
+        return log_p
 
-        def score(model, x, sigma):
-            log_p = model(x).log_softmax(-1) - sigma.expm1().log().reshape(-1, 1, 1)
-            return torch.cat((log_p, torch.zeros(*x.shape, 1)), -1)
-
+    def measure(schedule):
         def loss(model, x0):
-            t = 1e-5 + (1 - 1e-5) * torch.rand(len(x0), 1)
-            sigma, rate = noise(t)
+            sigma, rate = schedule(torch.rand(len(x0), 1))
             xt = graph.sample_transition(x0, sigma)
-            return (rate * graph.score_entropy(score(model, xt, sigma), sigma, xt, x0)).mean(1)
+            return rate * graph.score_entropy(score(xt, None, True, sigma, model), sigma, xt, x0)
 
         def sample(n, steps):
-            sampler = d3.get_pc_sampler(graph, noise, (n, T), predictor, steps, dtype=torch.float32)
+            return get_pc_sampler(graph, schedule, (n, T), "analytic", steps)(score, None)
 
-            class Net(torch.nn.Module):
-                def forward(self, x, labels, train, sigma):
-                    return score(exact, x, sigma)
-            return sampler(Net(), None)
+        row(f"SEDD, sigma {schedule.sigmas[0]:g} to {schedule.sigmas[1]:g}, analytic", loss, sample)
 
-        row(what, loss, sample)
-
-    measure("SEDD, default sigma .001 to 1, analytic", "analytic")
-    measure("SEDD, sigma .0001 to 20, analytic", "analytic", 1e-4, 20)
-    measure("SEDD, sigma .0001 to 20, Euler", "euler", 1e-4, 20)
+    measure(GeometricNoise())
+    measure(GeometricNoise(1e-4, 20))
 
 
 def dllm_reason():
@@ -430,7 +425,7 @@ def dllm_reason():
 
     def build(model):
         mdlm = MDLM(V, T, dim=8, num_layers=1, num_heads=1, noise_schedule="linear")
-        mdlm.forward = lambda x, t, attention_mask=None: DiffusionOutput(with_mask(model(x)), None, None)
+        mdlm.forward = lambda x, t, attention_mask=None: DiffusionOutput(model(x), None, None)
         return mdlm
 
     row("MDLM, linear", lambda model, x0: build(model).compute_loss(x0),
@@ -443,16 +438,15 @@ def telos_ml():
     from telos.diffusion.sampler import MDLMSampler
 
     ordinary = torch.zeros(V + 1, dtype=torch.bool)         # no token is special
-    model = torch.nn.Module()
-    model.forward = lambda x: with_mask(exact(x))
+    net = network(exact)
 
     def loss(model, x0):
         t = torch.rand(len(x0), 1).clamp(min=1e-5)
         xt, hidden, t = apply_masking_pytorch(x0, t, MASK, ordinary)
-        return mdlm_loss_pytorch(with_mask(model(xt)), x0, hidden, t)[0]
+        return mdlm_loss_pytorch(model(xt), x0, hidden, t)[0]
 
     def sample(n, steps):
-        sampler = MDLMSampler(model, MASK, steps, repetition_penalty=1.0, schedule="linear")
+        sampler = MDLMSampler(net, MASK, steps, repetition_penalty=1.0, schedule="linear")
         return torch.cat([sampler.sample(T) for _ in range(n)])
 
     row("MDLM, linear, no repetition penalty", loss, sample, n=1500)
@@ -471,11 +465,10 @@ def omgformers():
         def loss(model, x0):
             t = torch.randint(1, T + 1, (len(x0),))
             xt, hidden = scheduler(T).corrupt_batch(x0, t, T)
-            return scheduler(T).compute_loss(with_mask(model(xt)), x0, hidden)
+            return scheduler(T).compute_loss(model(xt), x0, hidden)
 
         def sample(n, steps):
-            net = torch.nn.Linear(1, 1)
-            net.forward = lambda x, timesteps: SimpleNamespace(logits=with_mask(exact(x)))
+            net = network(lambda x, timesteps: SimpleNamespace(logits=exact(x)))
             prompt = torch.empty(n, 0, dtype=torch.long)
             return ParallelDecoder(net, scheduler(steps)).generate(prompt, T, steps)
 
@@ -487,65 +480,44 @@ def omgformers():
 
 def evodiff():
     """OADM: masks, reweighted loss, and its sampler, which reveals one place a step. 31 symbols, of which we use 7."""
-    import numpy as np
     from evodiff.collaters import OAMaskCollater
     from evodiff.generate import generate_oaardm
     from evodiff.losses import OAMaskedCrossEntropyLoss
     from evodiff.utils import Tokenizer
 
-    np.random.seed(0)                                       # which the collater draws from
     tokenizer = Tokenizer()
-    collate, nll = OAMaskCollater(tokenizer), OAMaskedCrossEntropyLoss(reweight=True, tokenizer=tokenizer)
 
-    def widened(model, x, mask):
-        logits = torch.full((*x.shape, 31), -60.0)
-        logits[..., :V] = model(x.where(x != mask, MASK))
-        return logits
+    def widened(model, x):
+        return F.pad(model(x.where(x < V, MASK)), (0, 23), value=-60.0)
 
     def loss(model, x0):
-        strings = [("".join(tokenizer.alphabet[i] for i in line),) for line in x0.tolist()]
-        xt, k, x, hidden = collate(strings)
-        logits = widened(model, xt, tokenizer.mask_id)
-        return nll(logits, x, hidden, k, torch.ones_like(x))[0] / x.numel()
+        xt, k, x, hidden = OAMaskCollater()([(tokenizer.untokenize(line),) for line in x0])
+        nats, _ = OAMaskedCrossEntropyLoss()(widened(model, xt), x, hidden, k, torch.ones_like(x))
+        return nats / x.numel()
 
     def sample(n, steps):
-        def model(x, t):
-            return widened(exact, x, tokenizer.mask_id)
-        return generate_oaardm(model, tokenizer, T, batch_size=n, device="cpu")[0]
+        return generate_oaardm(lambda x, t: widened(exact, x), tokenizer, T, batch_size=n, device="cpu")[0]
 
     row("OADM", loss, sample, steps=(T,))
 
 
 def dantinox():
-    """LLaDA's loss on JAX, with times from the trainer's lowest, .05, and the stream sampler."""
+    """LLaDA's loss on JAX, with times from 0 and from the trainer's lowest, .05."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from dantinox.core import generation
-    from dantinox.core.diffusion import corrupt, make_noise_schedule, masked_cross_entropy
+    from dantinox.core.diffusion import corrupt, masked_cross_entropy
 
-    def tensor(x):
-        return torch.from_numpy(np.array(x)).long()
-
-    def logits_of(model, x):
-        return jnp.asarray(with_mask(model(tensor(x))).numpy())
-
-    generation._forward_logits = lambda model, x, cache: logits_of(model, x)
+    def array(x):
+        return jax.numpy.asarray(x.numpy())
 
     def measure(schedule, lowest):
         def loss(model, x0):
             key = jax.random.key(int(torch.randint(2 ** 31, ())))
-            x, t = jnp.asarray(x0.numpy()), jnp.asarray((lowest + (1 - lowest) * torch.rand(len(x0))).numpy())
-            xt = corrupt(x, t, key, schedule, MASK)
-            return torch.tensor(float(masked_cross_entropy(logits_of(model, xt), x, xt, MASK, t)))
+            t = array(lowest + (1 - lowest) * torch.rand(len(x0)))
+            xt = corrupt(array(x0), t, key, schedule, MASK)
+            logits = array(model(torch.tensor(xt.tolist())))
+            return torch.tensor(float(masked_cross_entropy(logits, array(x0), xt, MASK, t)))
 
-        def sample(n, steps):
-            levels = make_noise_schedule(schedule, steps)
-            *_, (_, _, x) = generation.stream_diffusion_generate(
-                exact, None, T, levels, MASK, num_sampling_steps=steps, batch_size=n)
-            return tensor(x)
-
-        row(f"{schedule}, times from {lowest:g}", loss, sample)
+        row(f"{schedule}, times from {lowest:g}", loss)
 
     measure("linear", 1e-6)
     measure("linear", 0.05)
@@ -555,25 +527,20 @@ def dantinox():
 
 def llada():
     """Not a package: the sampler of LLaDA's paper (arXiv:2502.09992) in our own words."""
-    def write(temperature):
-        def sample(n, steps):
-            x = masks(n)
-            for left in range(steps - 1, -1, -1):
-                logits = exact(x)
-                drawn = logits.argmax(-1)
-                if temperature:
-                    sharp = (logits / temperature).softmax(-1)
-                    drawn = torch.multinomial(sharp.view(-1, V), 1).view(n, T)
-                sure = logits.softmax(-1).gather(2, drawn[..., None])[..., 0]
-                sure = sure.where(x == MASK, 2.0)
-                x = drawn.where(x == MASK, x)
-                again = sure.argsort(1)[:, :T * left // steps]              # the least sure are masked again
-                x = x.scatter(1, again, MASK)
-            return x
-        return sample
+    def measure(what, temperature):
+        def step(x, i, steps):
+            logits = exact(x)[..., :V]
+            drawn = draw(logits / temperature) if temperature else logits.argmax(-1)
+            sure = logits.softmax(-1).gather(2, drawn[..., None])[..., 0]
+            sure = sure.where(x == MASK, 2.0)
+            x = drawn.where(x == MASK, x)
+            again = sure.argsort(1)[:, :T * (steps - 1 - i) // steps]       # the least sure are masked again
+            return x.scatter(1, again, MASK)
 
-    row("low-confidence remasking, temperature 1", sample=write(1.0))
-    row("low-confidence remasking, temperature 0, as in the paper", sample=write(0.0))
+        row(what, sample=stepwise(step))
+
+    measure("low-confidence remasking, temperature 1", 1.0)
+    measure("low-confidence remasking, temperature 0, as in the paper", 0.0)
 
 
 PACKAGES = {        # function, and what pip installs
@@ -583,6 +550,7 @@ PACKAGES = {        # function, and what pip installs
     "flow-matching": (flow_matching, "flow-matching==1.0.10"),
     "bionemo-moco": (bionemo_moco, "bionemo-moco==0.0.2.2"),
     "diffusers": (diffusers, "diffusers==0.42.1 huggingface-hub==2.4.0"),
+    "diffusers-again": (diffusers_again, "diffusers==0.42.1 huggingface-hub==2.4.0"),
     "transformers": (transformers, "transformers==5.24.0"),
     "x-transformers": (x_transformers, "x-transformers==2.31.10"),
     "d3-dna": (d3_dna, "d3-dna==0.1.3"),
@@ -599,7 +567,8 @@ if __name__ == "__main__":
     if name not in PACKAGES:
         sys.exit("one of: " + "".join(f"\n  {name:16} pip install {pins}" for name, (_, pins) in PACKAGES.items()))
     torch.set_num_threads(1)
+    np.random.seed(0)                   # which some draw from; torch is seeded for each measurement
     measure_package, pins = PACKAGES[name]
-    version = importlib.metadata.version(name) if pins else ""
+    version = importlib.metadata.version(name.removesuffix("-again")) if pins else ""
     print(f"{name} {version} torch {torch.__version__}; entropy {ENTROPY:.4f}, log V {math.log(V):.4f}")
     measure_package()
