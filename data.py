@@ -100,7 +100,7 @@ def replace_file(path, write):
     os.replace(f"{path}.tmp", path)
 
 
-FORMAT = 2                  # of checkpoints: 1 is that of commit b26d635
+FORMAT = 3                  # of checkpoints: commit b26d635 reads those without a number, 42a868e those with a 2
 
 
 def save_checkpoint(path, content):
@@ -120,7 +120,8 @@ def load_checkpoint(path):
         assert ckpt["format"] == FORMAT
         return ckpt
     except Exception as e:  # noqa: BLE001 (torch, zip and pickle have errors of their own)
-        fail(f"{path} isn't a checkpoint of this version ({type(e).__name__}): train first, or name another")
+        fail(f"{path} isn't a checkpoint of this version ({type(e).__name__}): train first, or name another; "
+             "the last commit that reads those of the network before is b26d635")
 
 
 def load_weights(model, weights, path):

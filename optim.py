@@ -1,17 +1,21 @@
 """What follows the gradients: Muon for the matrices of the blocks, AdamW for the rest, and the average."""
 import torch
 
+# Three polynomials a s + b s^3 + c s^5 that, one after the other, move singular values s from .01 to 1 as near
+# to 1 as three can (Polar Express, arXiv:2505.16932). Beyond 1 they explode: 1.01 becomes 3,110.
+STEPS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
 
 def orthogonalise(X):
-    """X (rows, columns) with all its singular values moved to about 1, by five Newton-Schulz steps."""
+    """X (rows, columns) with all its singular values moved to about 1, by three Newton-Schulz steps."""
     rows, columns = X.shape
     if rows > columns:
         return orthogonalise(X.T).T             # the smaller of X X' and X' X is the cheaper one
-    X = X / X.norm().clamp(min=1e-7)
-    for _ in range(5):
+    X = X / (1.02 * X.norm()).clamp(min=1e-7)   # all singular values are below 1 now, whatever is rounded
+    for a, b, c in STEPS:
         gram = X @ X.T
-        poly = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)        # b gram + c gram^2
-        X = torch.addmm(X, poly, X, beta=3.4445)                                # a X + poly X
+        poly = torch.addmm(gram, gram, gram, beta=b, alpha=c)                   # b gram + c gram^2
+        X = torch.addmm(X, poly, X, beta=a)                                     # a X + poly X
     return X
 
 
@@ -42,8 +46,7 @@ def configure_optimizers(model, cfg):
     RoBERTa is for AdamW alone: to go on by Muon where Adam began harms what was learned (arXiv:2605.10468).
     """
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2 and cfg.net == "own"]
-    ids = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in ids]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(
         [{"params": matrices}],         # a group may be empty, a list may not
         {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": 0.95})

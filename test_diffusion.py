@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from config import Config
 from data import crops
 from diffusion import ORDERS, PROCESSES, SCHEDULES, Embed, Masked, draw, probabilities, times
+from model import look_aside
+from optim import orthogonalise
+from results import peers
 
 TINY = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 8, "dtype": "float32",
         "device": "cpu"}
@@ -72,17 +75,17 @@ def chain_text(n):
     return torch.stack(x, 1)
 
 
-def posterior(evidence, start=START, step=NEXT):
+def posterior(evidence):
     """log p(token | all evidence) for each place of a chain: the forward-backward algorithm.
 
     evidence (B, T, V): how well each token explains what is seen at its own place, up to a factor.
     """
     evidence = evidence.double()
-    before = [start.expand_as(evidence[:, 0])]      # (B, V): what all places to the left tell
+    before = [START.expand_as(evidence[:, 0])]      # (B, V): what all places to the left tell
     after = [torch.ones_like(evidence[:, 0])]       # and all to the right
     for i in range(evidence.size(1) - 1):
-        left = (before[-1] * evidence[:, i]) @ step
-        right = (after[-1] * evidence[:, -1 - i]) @ step.T
+        left = (before[-1] * evidence[:, i]) @ NEXT
+        right = (after[-1] * evidence[:, -1 - i]) @ NEXT.T
         before.append(left / left.sum(1, keepdim=True))
         after.append(right / right.sum(1, keepdim=True))
     p = torch.stack(before, 1) * evidence * torch.stack(after[::-1], 1)
@@ -168,10 +171,9 @@ def test_samples_of_the_exact_posterior_have_the_chains_pairs(process, steps, se
     x = chain_text(3000)
     y = last(exact(process).sample(x, unknown(3000, T)[1], steps, **settings))
     assert is_distributed(V * y[:, :-1] + y[:, 1:], PAIRS.flatten())
-    # of x they keep something where the noise leaves something of it, and else as much as chance does
-    kept = float((y == x).float().mean())
-    chance = float((START ** 2).sum())
-    assert chance + 0.1 < kept < 0.95 if "noise" in settings else abs(kept - chance) < 0.02
+    # they keep something of x where the noise leaves something of it, and else as much as chance does
+    kept = (y == x).float().mean() - (START ** 2).sum()
+    assert 0.1 < kept < 0.7 if "noise" in settings else abs(kept) < 0.02
 
 
 @pytest.mark.parametrize("process, w", [("masked", 0.0), ("masked", 0.5), ("masked", 2.0), ("embed", 0.0)])
@@ -207,25 +209,13 @@ def test_independent_tokens_keep_their_shares_under_every_order(settings):
 
 
 def test_few_steps_of_an_exact_model_stay_as_near_to_the_chain_as_published():
-    """results/peers.md: samplers that reveal a random number of tokens in a step are at .226, .113 and .047."""
-    def normal(seed, *shape):
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
-
-    n = 7
-    start = normal(4, n).softmax(0)
-    step = (2 * normal(3, n, n)).softmax(1)
-    places = [start]
-    for _ in range(8):
-        places.append(places[-1] @ step)
-    pairs = torch.stack(places).mean(0)[:, None] * step
-    certain = torch.cat((torch.eye(n), torch.ones(1, n)))
-    model = build("masked", n, block_size=10)
-    model.denoise = lambda xt, where: posterior(certain[xt], start, step)[where]
+    """results/peers.md: samplers that reveal a random number of tokens in a step are at .22, .12 and .05."""
+    model = build("masked", peers.V, block_size=peers.T)
+    model.denoise = lambda xt, where: peers.exact(xt)[where][:, :peers.V]
     for steps, most in (2, 0.23), (4, 0.09), (10, 0.02):
         torch.manual_seed(0)
-        y = last(model.sample(*unknown(4000, 10), steps))
-        found = torch.bincount((n * y[:, :-1] + y[:, 1:]).flatten(), minlength=n * n) / (4000 * 9)
-        assert (found - pairs.flatten()).abs().sum() / 2 < most
+        y = last(model.sample(*unknown(peers.N_SAMPLES, peers.T), steps))
+        assert peers.distance(y) < most
 
 
 # ---- masked: counts and identities
@@ -245,46 +235,36 @@ def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
     stir(model, 0.3)
     x0 = torch.tensor([[2, 0, 1, 1]])
 
-    def costs(places):
-        """Nats of each token, with those at some places masked, and which those are."""
-        masked = torch.tensor([[i in places for i in range(n)]])                # (1, n)
-        logits = model.denoise(x0.masked_fill(masked, 3), torch.ones_like(masked))
-        return F.cross_entropy(logits, x0[0], reduction="none"), masked
+    def mask(places):
+        """Makes the noise mask these places; returns the times of so many masks."""
+        masked = torch.tensor([[i in places for i in range(n)]])
+        model.corrupt = lambda x0, t: x0.masked_fill(masked, 3)
+        return torch.tensor([(len(places) - 0.5) / n])
 
-    orders = list(itertools.permutations(range(n)))
-    chain_rule = [costs(order[i:])[0][order[i]] for order in orders for i in range(n)]
-    per_k = []
-    for k in range(1, n + 1):
-        bounds = []
-        for places in itertools.combinations(range(n), k):
-            _, masked = costs(places)
-            model.corrupt = lambda x0, t, masked=masked: x0.masked_fill(masked, 3)
-            bounds.append(model.nelbo(x0, torch.tensor([(k - 0.5) / n])))
-        per_k.append(torch.stack(bounds).mean())
-    assert abs(torch.stack(per_k).mean() - torch.stack(chain_rule).mean()) < 1e-5
+    chain_rule, bounds = [], []
+    for order in itertools.permutations(range(n)):
+        for i in range(n):
+            t = mask(order[i:])
+            bounds.append(model.nelbo(x0, t))               # all numbers of masks, all masks, alike
+            _, logits, truth = model.predict(x0, t)
+            which = sorted(order[i:]).index(order[i])       # of the masked places, that which comes next
+            chain_rule.append(F.cross_entropy(logits[which], truth[which]))
+    assert abs(torch.stack(bounds).mean() - torch.stack(chain_rule).mean()) < 1e-5
 
 
-@pytest.mark.parametrize("n", [1, 7, 32, 1000])
-def test_masks_are_exactly_as_many_as_t_says_in_each_row(n):
-    model = build("masked", 5)
-    x0 = torch.zeros(16, n, dtype=torch.long)
+@pytest.mark.parametrize("n", [1, 2, 7, 32])
+def test_masks_are_exactly_as_many_as_t_says_and_all_numbers_come_alike(n):
+    model = build("masked", 5, block_size=n)
+    x0 = torch.zeros(2 * n, n, dtype=torch.long)
     for seed in range(20):
-        for t in times(np.random.default_rng(seed), 3, 16):
-            xt = model.corrupt(x0, t)
-            assert torch.equal((xt == 5).sum(1), (t * n).floor().long() + 1)
-            assert ((xt == 5) | (xt == 0)).all()
+        t = times(np.random.default_rng(seed), 1, 2 * n)[0]
+        xt = model.corrupt(x0, t)
+        assert ((xt == 5) | (xt == 0)).all()
+        k = (xt == 5).sum(1)
+        assert torch.equal(k, (t * n).floor().long() + 1)
+        assert torch.bincount(k, minlength=n + 1).tolist() == [0] + n * [2]     # on a grid of 2 n times
     ends = model.corrupt(x0[:2], torch.tensor([0.0, 1.0]))
     assert (ends == 5).sum(1).tolist() == [1, n]
-
-
-def test_numbers_of_masks_cover_one_to_T_evenly():
-    """On a grid of 2 n times each number comes twice, whatever the offset."""
-    for n in 1, 2, 5, 32:
-        model = build("masked", 3, block_size=n)
-        for seed in range(20):
-            t = times(np.random.default_rng(seed), 1, 2 * n)[0]
-            k = (model.corrupt(torch.zeros(2 * n, n, dtype=torch.long), t) == 3).sum(1)
-            assert torch.bincount(k, minlength=n + 1).tolist() == [0] + n * [2]
 
 
 def stir(module, size=0.2):
@@ -299,32 +279,36 @@ def data_and_times():
     return torch.randint(11, (8, 32)), times(np.random.default_rng(0), 1, 8)[0]
 
 
-def test_head_at_masked_places_gives_the_losses_and_gradients_of_the_full_head():
+def test_head_at_masked_places_gives_the_loss_and_the_gradients_of_the_full_head():
     model = build("masked", 11)
     x0, t = data_and_times()
     xt = model.corrupt(x0, t)
     model.corrupt = lambda x0, t: xt
-    everywhere = torch.ones_like(xt, dtype=torch.bool)
-    logits = model.denoise(xt, everywhere).view(8, 32, 11)
-    nll = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none") * (xt == 11)
-    k = (xt == 11).sum(1)
-    for short, full in [(model(x0, t), nll.sum() / k.sum()), (model.nelbo(x0, t).mean(), (nll.sum(1) / k).mean())]:
-        assert abs((full - short).item()) < 1e-5
-        gradients = [torch.autograd.grad(x, model.parameters(), retain_graph=True) for x in (short, full)]
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    logits = model.denoise(xt, torch.ones_like(xt, dtype=torch.bool)).view(8, 32, 11)
+    truth = x0.masked_fill(xt != 11, -100)                                      # left out
+    losses = model(x0, t), F.cross_entropy(logits.transpose(1, 2), truth)
+    assert abs((losses[0] - losses[1]).item()) < 1e-5
+    gradients = [torch.autograd.grad(loss, model.parameters()) for loss in losses]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
 
-def test_times_are_stratified_over_the_whole_step_and_crops_cover_the_split():
+def test_times_are_stratified_over_the_whole_step():
     t = times(np.random.default_rng(0), 4, 8)
     assert (t.flatten().sort().values.diff() < 2 / 32).all()                    # 32 strata
     assert (t.sort(1).values.diff(dim=1) < 2 / 8 + 1e-3).all()                  # 8 in each micro-batch
-    mean = torch.stack([times(np.random.default_rng(i), 2, 4) for i in range(4000)])
-    assert abs(mean.mean() - 0.5) < 1e-3 and abs(mean.var() - 1 / 12) < 2e-3    # each one is uniform,
-    bell = torch.stack([times(np.random.default_rng(i), 2, 4, bell=True) for i in range(4000)])
-    assert 0 < bell.min() and bell.max() < 1
-    for x in 0.1, 0.3, 0.5, 0.8:                # or normal, cut off at 0 and 1; within five standard deviations
+
+
+@pytest.mark.parametrize("bell", [False, True])
+def test_each_time_is_uniform_or_normal_and_cut_off_at_0_and_1(bell):
+    t = torch.stack([times(np.random.default_rng(i), 2, 4, bell) for i in range(4000)])
+    assert 0 <= t.min() and t.max() <= 1
+    for x in 0.1, 0.3, 0.5, 0.8:
         low, share = torch.special.ndtr(torch.tensor([-2.5, (x - 0.5) / 0.2]))
-        assert abs((bell < x).float().mean() - (share - low) / (1 - 2 * low)) < 0.005
+        share = (share - low) / (1 - 2 * low) if bell else x
+        assert abs((t < x).float().mean() - share) < 0.005                      # five standard deviations
+
+
+def test_crops_cover_the_split():
     x = crops(np.arange(40, dtype=np.uint16), np.random.default_rng(0), 500, 8)
     assert x.dtype == torch.int64 and (x.diff() == 1).all()
     assert x.min() == 0 and x.max() == 39
@@ -382,17 +366,6 @@ def test_hidden_tokens_cost_what_the_frequencies_leave():
     assert model(x0, t) < frequencies - 0.1
 
 
-def test_gradients_of_looked_up_embeddings_repeat_themselves_on_two_threads():
-    """From 32,768 looked-up numbers on, threads add up the gradient of plain indexing in any order."""
-    model = build("embed", 65)
-    x0 = torch.randint(65, (512, 128))
-    vectors = torch.randn(*x0.shape, model.D)
-    torch.set_num_threads(2)
-    gradients = [torch.autograd.grad((model.embed(x0) * vectors).sum(), model.weight)[0] for _ in range(12)]
-    torch.set_num_threads(1)
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
-
-
 # ---- samplers
 
 
@@ -423,25 +396,11 @@ def test_every_sampler_setting_keeps_known_tokens_and_its_promises(process, seed
         assert (tokens[known] == x[known]).all() and (certainty[known] == 1).all()
         assert 0 <= certainty.min() and certainty.max() <= 1
     assert 0 <= tokens.min() and tokens.max() < 11
-    # embed takes all steps, masked at most one for each token that starts as [MASK]
-    n_unknown = (~known).sum(1)
-    least = most = steps * int(n_unknown.any())
-    if process == "masked":
-        n_masks = int((n_unknown * settings["noise"]).round().clamp(min=1).minimum(n_unknown).max())
-        least = min(1, n_masks)
-        most = most if settings["remask"] else min(most, n_masks)
-    assert least <= len(states) - 1 <= most
+    # embed takes all steps, masked at most one for each unknown token, except with remask
+    n_unknown = int((~known).sum(1).max())
+    once = process == "masked" and not settings["remask"]
+    assert min(1, n_unknown) <= len(states) - 1 <= (min(steps, n_unknown) if once else steps)
     assert len(calls) == (len(states) - 1) * (1 + (settings["guidance"] > 0))
-
-
-@pytest.mark.parametrize("process", PROCESSES)
-def test_with_the_same_seed_come_the_same_samples(process):
-    model = build(process, 11)
-    texts = []
-    for seed in 7, 7, 8:
-        torch.manual_seed(seed)
-        texts.append(last(model.sample(*unknown(2, 32), 8)))
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
 @pytest.mark.parametrize("name, shares", [
@@ -471,23 +430,20 @@ def test_orders_prefer_what_is_certain():
 
 def test_what_is_certain_goes_first_and_above_the_threshold_at_once():
     model = build("masked", 3)
-    certain = unknown(2, 6)[1]
-    logits = 9 * F.one_hot(torch.full((2, 6), 2), 3)
-    model.denoise = lambda xt, where: (logits * certain[..., None])[where].float()
+    certain = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    logits = 9.0 * F.one_hot(certain, 3) * certain[..., None]
+    model.denoise = lambda xt, where: logits[where]
 
-    def reveal(order, threshold):
-        """Which places are [MASK] in each state."""
-        return [x == 3 for x, _ in model.sample(*unknown(2, 6), 6, order=order, threshold=threshold)]
+    def filled(order, threshold):
+        """Which places are filled after the first step."""
+        _, (x, _), *_ = model.sample(*unknown(1, 6), 6, order=order, threshold=threshold)
+        return (x < 3).int()
 
-    certain[0, 3] = True
     for order in "confidence", "margin", "entropy":
-        assert (~reveal(order, 1.0)[1]).nonzero().tolist()[0] == [0, 3]
-    certain[0, :4] = True
-    for order in "random", "confidence":
-        states = reveal(order, 0.9)
-        assert states[1][0].sum() <= 2 and states[1][1].sum() == 5 and not states[-1].any()
-    certain[:] = True
-    assert len(reveal("random", 0.9)) == 2              # one call
+        first = filled(order, 1.0)
+        assert first.sum() == 1 and (first <= certain).all()
+    for order in ORDERS:
+        assert (filled(order, 0.9) >= certain).all()
 
 
 def test_draws_follow_the_probabilities_and_never_take_a_zero():
@@ -504,7 +460,7 @@ def test_draws_follow_the_probabilities_and_never_take_a_zero():
 
 @pytest.mark.parametrize("settings, kept", [
     ((1.0, 0, 1.0), [4, 4]), ((1.0, 2, 1.0), [2, 2]), ((1.0, 0, 0.7), [2, 2]), ((1.0, 0, 1e-6), [1, 1]),
-    ((0.0, 0, 1.0), [1, 2]), ((1e-20, 0, 1.0), [1, 2]), ((1.0, 9, 0.9), [3, 2]), ((2.0, 0, 1.0), [4, 4])])
+    ((0.0, 0, 1.0), [1, 2]), ((1.0, 9, 0.9), [3, 2]), ((2.0, 0, 1.0), [4, 4])])
 def test_truncation_keeps_the_likeliest(settings, kept):
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 0.0]])        # .644, .237, .087, .032; ties
     p = probabilities(logits, *settings)
@@ -514,6 +470,29 @@ def test_truncation_keeps_the_likeliest(settings, kept):
 
 
 # ---- the network
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_an_mlp_reads_half_of_its_channels_from_the_neighbours(n):
+    x = torch.randn(3, n, 34)
+    y = look_aside(x, (2, 1, -1, -2))
+    padded = F.pad(x, (0, 0, 2, 2))                         # padded[:, i] is what stands two places before i
+    for part, first in enumerate([0, 1, 3, 4]):
+        channels = slice(4 * part, 4 * part + 4)
+        assert torch.equal(y[..., channels], padded[:, first:first + n, channels])
+    assert torch.equal(y[..., 16:], x[..., 16:])
+
+
+def test_a_causal_network_sees_no_later_place():
+    net = build("masked", 11).net
+    stir(net)
+    for block in net.blocks:
+        block.causal, block.aside = True, (2, 1)
+    x = torch.randn(1, 16, 32)
+    y = net(x, torch.zeros(1))
+    x[:, 9] += 1
+    moved = (net(x, torch.zeros(1)) - y).abs().amax(-1)[0]
+    assert (moved[:9] == 0).all() and (moved[9:] > 1e-4).all()
 
 
 def test_network_sees_all_places_their_order_and_the_time():
@@ -537,16 +516,16 @@ def test_bfloat16_computes_the_same_but_for_rounding():
     nets[1].load_state_dict(nets[0].state_dict())
     x = torch.randn(1, 16, 32)
     exact, short = (net(x, torch.tensor([0.3])).float() for net in nets)
-    assert 0 < (short - exact).abs().max() < 0.1
+    assert 0 < (short - exact).std() < 0.05
 
 
-def test_dropout_is_for_training_only():
-    net = build("masked", 11, dropout=0.5).net
-    stir(net)
-    x = torch.randn(1, 16, 32)
-    t = torch.tensor([0.3])
-    y = net(x, t)
-    assert torch.equal(net(x, t), y) and not torch.equal(net.train()(x, t), y)
+def test_updates_are_orthogonal_enough_in_bfloat16_too():
+    """The polynomials explode beyond 1, where a matrix of nearly one direction has its largest singular value."""
+    for noise in 1e-4, 1e-2, 100:
+        X = torch.randn(96, 1) @ torch.randn(1, 32) + noise * torch.randn(96, 32)
+        for Y in X, X.T:
+            values = torch.linalg.svdvals(orthogonalise(Y.bfloat16()).float())
+            assert values[0] < 1.35 and (noise < 100 or values[-1] > 0.6)
 
 
 # ---- GPUs, without one: tensors that say they are elsewhere, and what torch.compile makes of a step
@@ -570,22 +549,21 @@ class Elsewhere(torch.Tensor):
 class Watch(TorchDispatchMode):
     """Computes with what is Elsewhere; raises where both devices meet; counts what makes the host wait."""
 
-    aten = torch.ops.aten
-    READS = aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select
     waits = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        kind = function.overloadpacket
+        name = function.overloadpacket.__name__
         target = str(kwargs.get("device"))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         there = any(isinstance(x, Elsewhere) for x in tensors)
         here = any(not isinstance(x, Elsewhere) and x.dim() > 0 for x in tensors)
-        assert not (there and here) or kind == self.aten.copy_, f"{function} mixes devices"
+        assert not (there and here) or name == "copy_", f"{function} mixes devices"
         # the device must say how many places a mask holds, but for x[mask] = number
-        by_mask = kind in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
-            x is not None and x.dtype == torch.bool for x in args[1]) and all(x.dim() for x in args[2:3])
-        self.waits += kind in self.READS or by_mask or there and (here or target == "cpu")
+        by_mask = name.startswith("index") and all(x.dim() for x in args[2:3]) and any(
+            x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor))
+        reads = name in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        self.waits += reads or by_mask or there and (here or target == "cpu")
         args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
         out = function(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
         stays = target == "meta" or there and target != "cpu"
@@ -602,11 +580,7 @@ def test_nothing_mixes_devices_and_the_host_waits_as_seldom_as_it_can(process, w
     model = build(process, 11)
     batch = *data_and_times(), torch.rand(8, 32) < 0.5
     with Watch() as watch:
-        for module in model.modules():
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(Elsewhere(p.data)))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, Elsewhere(buffer))
+        model._apply(Elsewhere)
         x0, t, known = map(Elsewhere, batch)
         model(x0, t).backward()
         assert watch.waits == waits + (waits > 0)           # the gradient of an index by a mask waits, too
@@ -625,24 +599,19 @@ def test_nothing_mixes_devices_and_the_host_waits_as_seldom_as_it_can(process, w
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_a_compiled_step_is_one_graph_and_stays_it(process):
-    model = build(process, 11, dropout=0.1).train()
-    counter = CompileCounter()
+def test_a_compiled_step_is_one_graph_for_any_number_of_masks_and_gives_the_same_loss(process):
+    model = build(process, 11)
+    counter = CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter, fullgraph=True)          # raises where the graph would break
-    for step in range(3):                                   # with other numbers of [MASK]s
+    for step in range(3):
+        x0 = torch.randint(11, (8, 32))
         t = times(np.random.default_rng(step), 1, 8)[0]
-        model(torch.randint(11, (8, 32)), t).backward()
+        losses = []
+        for function in model, model.forward:               # compiled and eager
+            torch.manual_seed(step)
+            losses.append(function(x0, t))
+        losses[0].backward()
+        assert abs((losses[0] - losses[1]).item()) < 1e-5
     assert counter.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method")       # of torch's own compiler
-def test_compiled_training_is_eager_training():
-    model = build("masked", 11)
-    x0, t = data_and_times()
-    xt = model.corrupt(x0, t)
-    model.corrupt = lambda x0, t: xt                        # compiled, other noise comes
-    eager = model(x0, t)
-    model.compile()
-    assert abs((model(x0, t) - eager).item()) < 1e-4
-    model(x0, t).backward()
-    assert model.state_dict().keys() == build("masked", 11).state_dict().keys()

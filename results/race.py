@@ -1,0 +1,136 @@
+"""Training steps beside those of nanoGPT, at equal size: CPU time in turns, or what nanoGPT's model learns.
+
+    git clone https://github.com/karpathy/nanoGPT
+    OMP_NUM_THREADS=1 python results/race.py nanoGPT --dataset=characters             # a step of each, in turns
+    OMP_NUM_THREADS=1 python results/race.py nanoGPT --dataset=characters --max_iters=800 --seed=1    # trains it
+
+Flags are train.py's. Without --max_iters, steps are timed: of masked, embed, and nanoGPT's model with its own
+optimizer, in one process each, so that they share nothing. With it, nanoGPT's model takes so many steps with the
+rates of its config/train_shakespeare_char.py and is measured on crops of the validation split.
+"""
+import copy
+import importlib.util
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from config import Config, hardware, load
+from data import Tokenizer, crops, load_data
+from diffusion import PROCESSES, times
+from optim import configure_optimizers, update
+
+ROUNDS = 25
+
+
+def nanogpt(folder, cfg, V):
+    """nanoGPT's model of this size, and its optimizer."""
+    spec = importlib.util.spec_from_file_location("nanogpt", f"{folder}/model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(
+        block_size=cfg.block_size, vocab_size=V, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
+        dropout=cfg.dropout, bias=False))
+    return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+
+
+def stepper(name, folder, cfg):
+    """A function that takes one training step of that model; and the model."""
+    meta, splits = load_data(cfg.dataset, cfg.block_size + 1)
+    V = Tokenizer(meta).V
+    B, T = cfg.batch_size, cfg.block_size
+    rng = np.random.default_rng(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    if name == "nanoGPT":
+        model, optimizer = nanogpt(folder, cfg, V)
+
+        def step():
+            x = crops(splits["train"], rng, B, T + 1)
+            _, loss = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def rate(lr):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return model, step, rate, splits
+
+    model = PROCESSES[name](cfg, V)
+    ema = copy.deepcopy(model)
+    optimizers = configure_optimizers(model, cfg)
+
+    def step():
+        model(crops(splits["train"], rng, B, T), times(rng, 1, B, bell=True)[0]).backward()
+        update(model, ema, optimizers, cfg.grad_clip, cfg.ema_decay)
+    return model, step, None, splits
+
+
+def runner(pipe, name, folder, cfg):
+    """Answers each message by the CPU seconds of a step; one process for each model."""
+    model, step, *_ = stepper(name, folder, cfg)
+    if cfg.compile:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True            # as train.py does
+        model.compile()
+    for _ in range(3):                                                          # the first steps are slow
+        step()
+    while True:
+        pipe.send("ready")
+        pipe.recv()
+        start = time.process_time()
+        step()
+        pipe.send(time.process_time() - start)
+
+
+def race(folder, cfg):
+    """Prints the median CPU time of a step of each, and its ratio to nanoGPT's."""
+    names = "nanoGPT", *PROCESSES
+    pipes, seconds = {}, {name: [] for name in names}
+    for name in names:
+        pipes[name], theirs = multiprocessing.Pipe()
+        multiprocessing.Process(target=runner, args=(theirs, name, folder, cfg), daemon=True).start()
+    for _ in range(ROUNDS):
+        for name, pipe in pipes.items():
+            pipe.recv()
+            pipe.send("go")
+            seconds[name].append(pipe.recv())
+    for name in names:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["nanoGPT"])]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name:10} {1e3 * statistics.median(seconds[name]):7.0f} ms of CPU time, median of the ratios to "
+              f"nanoGPT's {middle:.3f}, quartiles {low:.3f} and {high:.3f}")
+
+
+def learn(folder, cfg):
+    """Trains nanoGPT's model with its own schedule; prints its loss on validation crops."""
+    model, step, rate, splits = stepper("nanoGPT", folder, cfg)
+    for i in range(cfg.max_iters):
+        share = (i - 100) / (cfg.max_iters - 100)
+        rate(1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 9e-4 * (1 + math.cos(math.pi * share)) / 2)
+        step()
+    model.eval()
+    losses = torch.zeros(cfg.eval_iters)
+    with torch.no_grad():
+        for i in range(cfg.eval_iters):
+            x = crops(splits["val"], np.random.default_rng((0, i)), cfg.batch_size, cfg.block_size + 1)
+            losses[i] = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+    se = losses.std() / cfg.eval_iters ** 0.5
+    print(f"nanoGPT, {cfg.max_iters} steps, seed {cfg.seed}: {losses.mean():.4f} ± {se:.4f} nats/token")
+
+
+if __name__ == "__main__":
+    folder, *flags = sys.argv[1:]
+    cfg = hardware(load(Config, [*flags, "--device=cpu"]))
+    if any(flag.startswith("--max_iters") for flag in flags):
+        learn(folder, cfg)
+    else:
+        multiprocessing.set_start_method("spawn")
+        race(folder, cfg)
