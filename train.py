@@ -11,6 +11,7 @@ What a step computes doesn't depend on the number of processes, and no random st
 micro-batch m of step s draws its crops, noise and dropout from generators seeded with (seed, s, m).
 """
 import copy
+import ctypes
 import gc
 import math
 import os
@@ -33,6 +34,10 @@ from optim import configure_optimizers, update
 
 # ---- settings: a run that starts from a checkpoint uses those of the checkpoint; flags override them
 
+if sys.platform == "linux":                 # keep the memory that a step frees, for the next one: it takes .92 of
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)                       # the CPU time (musl has none)
+    if mallopt and mallopt(-3, 2 ** 30):    # M_MMAP_THRESHOLD; where glibc refuses that, it adapts by itself
+        mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD
 sys.stdout.reconfigure(line_buffering=True, errors="replace")                   # · or 世 where there is none
 nowhere = open(os.devnull, "w")             # noqa: SIM115 (open to the end)
 cfg = load(Config)
@@ -111,10 +116,13 @@ def my_share(n):
 
 # ---- data
 
-if cfg.dataset == "shakespeare" and master and not os.path.exists("data/shakespeare"):
-    prepare_shakespeare.prepare()
+vocab_size = {"shakespeare": None, "characters": 0}     # None: what prepare_shakespeare.py takes
+if cfg.dataset in vocab_size and master and not os.path.exists(f"data/{cfg.dataset}"):
+    prepare_shakespeare.prepare(cfg.dataset, vocab_size=vocab_size[cfg.dataset])
 total(torch.zeros(1))                       # the other processes wait here until it is prepared
 meta, splits = load_data(cfg.dataset, T)
+if cfg.dataset == "shakespeare" and "settings" not in meta:
+    say("data/shakespeare is of an older version, which took characters: delete it, and strings take their place")
 tokenizer = Tokenizer(meta)
 
 

@@ -4,6 +4,7 @@
 #
 # The settings of config/shakespeare_masked.py, so that the two bounds compare. Not yet run at this size.
 out_dir = "out-shakespeare-embed"
+dataset = "characters"
 process = "embed"
 embed_dim = 16
 batch_size = 64

@@ -7,6 +7,7 @@
 # 64 sequences x 256 characters = 16,384 tokens a step; 20,000 steps = 326 epochs of the 1.0 M characters:
 # diffusion models go on gaining from repeated data for hundreds of epochs (arXiv:2507.15857). Not yet run.
 out_dir = "out-shakespeare-masked"
+dataset = "characters"
 process = "masked"
 batch_size = 64
 block_size = 256
