@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import model
 from config import Config
 from data import crops
 from diffusion import ORDERS, PROCESSES, SCHEDULES, Embed, Masked, draw, probabilities, times
@@ -508,6 +509,17 @@ def test_network_sees_all_places_their_order_and_the_time():
     assert (net(x, torch.tensor([0.6])) - y).abs().max() > 1e-3
     swapped = net(x[:, [1, 0, *range(2, 16)]], t)
     assert (swapped[:, 2:] - y[:, 2:]).abs().max() > 1e-3
+
+
+def test_rotary_positions_turn_queries_and_keys_and_keep_their_lengths(monkeypatch):
+    net = build("masked", 11).net
+    rotate, seen = model.rotate, []
+    monkeypatch.setattr(model, "rotate", lambda x, *angle: seen.append((x, rotate(x, *angle))) or seen[-1][1])
+    net(torch.randn(1, 16, 32), torch.tensor([0.3]))
+    assert len(seen) == 4                                   # queries and keys of two layers
+    for x, turned in seen:
+        assert torch.allclose(x.norm(dim=-1), turned.norm(dim=-1), atol=1e-5)
+        assert torch.equal(x[:, :, 0], turned[:, :, 0]) and not torch.allclose(x[:, :, 1], turned[:, :, 1])
 
 
 def test_bfloat16_computes_the_same_but_for_rounding():
