@@ -13,7 +13,7 @@ less than a hundredth of all tokens and less than 100,000, or takes more than a 
 for training, the last tenth of all tokens is for validation, wherever in a document it begins. Of copies one is
 left there, so that here, too, no document of validation has a copy in train.bin.
 
-Stopped anywhere, by Ctrl-C, a crash or a full disk, the same command goes on, to the same bytes: after each 32
+Stopped anywhere, by Ctrl-C, a crash or a full disk, the same command goes on, to the same bytes: after each 128
 documents progress.json notes which file is read, how many of its documents are done, and the sizes of the bins.
 """
 import glob
@@ -198,7 +198,7 @@ def read(path, share):
     seen, skip, right = "", done["seen"], 0
     with Download(path) if "://" in path else open(path, "rb") as stream:
         found = iter(tqdm(documents(path, stream), path, unit=" documents", leave=False, delay=1))
-        while batch := list(islice(found, 32)):         # no more than this in memory
+        while batch := list(islice(found, 128)):         # no more than this in memory
             seen = digest(f"{seen} {batch}".encode())
             broken = [str(item) for item in batch if isinstance(item, ValueError)]
             right += len(batch) - len(broken)
@@ -207,7 +207,8 @@ def read(path, share):
                 continue
             texts = [item for item in batch if isinstance(item, str) and item]
             for split in "train", "val":
-                ids = bpe.encode_ordinary_batch([text for text in texts if side(text, share) == split])
+                here = [text for text in texts if side(text, share) == split]
+                ids = bpe.encode_ordinary_batch(here, num_threads=os.cpu_count())
                 append(split, [np.array([*document, END], np.uint16) for document in ids])
             done.update(seen=seen, read=done["read"] + len(batch), broken=done["broken"] + len(broken),
                         named=(done["named"] + broken)[:5])

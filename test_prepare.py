@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     put({"data/gpt2/meta.json": '{"vocab_size": 50257, "source": "s", "train_tokens": 1, "val_tokens": 1}',
          "data/gpt2/train.bin": b"\0\0", "data/gpt2/val.bin": b"\0\0", "data/busy/train.bin": ""})
     with open("data/busy/train.bin") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield tmp_path
 
 

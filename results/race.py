@@ -93,15 +93,18 @@ def runner(pipe, name, folder, cfg):
 def race(folder, cfg):
     """Prints the median CPU time of a step of each, and its ratio to nanoGPT's."""
     names = "nanoGPT", *PROCESSES
-    pipes, seconds = {}, {name: [] for name in names}
+    pipes, seconds, processes = {}, {name: [] for name in names}, []
     for name in names:
         pipes[name], theirs = multiprocessing.Pipe()
-        multiprocessing.Process(target=runner, args=(theirs, name, folder, cfg), daemon=True).start()
+        processes.append(multiprocessing.Process(target=runner, args=(theirs, name, folder, cfg)))
+        processes[-1].start()
     for _ in range(ROUNDS):
         for name, pipe in pipes.items():
             pipe.recv()
             pipe.send("go")
             seconds[name].append(pipe.recv())
+    for process in processes:
+        process.terminate()
     for name in names:
         ratios = [a / b for a, b in zip(seconds[name], seconds["nanoGPT"])]
         low, middle, high = statistics.quantiles(ratios, n=4)
