@@ -79,7 +79,8 @@ class Block(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2)                                                   # (B, T, H, C / H)
+        y = y.reshape(B, T, C)
         return self.proj(y)
 
     def mlp(self, x):
@@ -93,7 +94,8 @@ class Block(nn.Module):
         y = self.attend(y, cos, sin)
         x = torch.addcmul(x, self.dropout(y), gate1)
         y = torch.addcmul(shift2, norm(x), scale2)
-        y = self.mlp(look_aside(y, self.aside))
+        y = look_aside(y, self.aside)
+        y = self.mlp(y)
         return torch.addcmul(x, self.dropout(y), gate2)
 
 
@@ -130,7 +132,8 @@ class Transformer(nn.Module):
     def forward(self, x, t):
         mod = self.modulation(t).to(self.dtype)
         places = torch.arange(x.size(1), device=x.device)
-        angle = torch.outer(places, self.turns).repeat(1, 2)                    # (T, d)
+        angle = torch.outer(places, self.turns)
+        angle = angle.repeat(1, 2)                                              # (T, d)
         cos = angle.cos().to(self.dtype)
         sin = angle.sin().to(self.dtype)
         sin[:, :len(self.turns)] *= -1                  # see rotate()
