@@ -273,8 +273,7 @@ def flow_matching():
 
 def bionemo_moco():
     """NVIDIA's MDLM, and its sampler that goes by confidence."""
-    from bionemo.moco.distributions.prior import DiscreteMaskedPrior
-    from bionemo.moco.distributions.time import UniformTimeDistribution
+    from bionemo.moco.distributions import prior, time
     from bionemo.moco.interpolants import MDLM
     from bionemo.moco.schedules.noise import continuous_noise_transforms as schedules
 
@@ -286,11 +285,11 @@ def bionemo_moco():
     def step(x, i, steps):
         return mdlm.step(exact(x), torch.tensor([1 - i / steps]), x, 1 / steps)
 
-    for schedule in schedules.CosineExpNoiseTransform(), schedules.LogLinearExpNoiseTransform():
-        mdlm = MDLM(UniformTimeDistribution(), DiscreteMaskedPrior(V + 1), schedule)
-        row(f"MDLM, {type(schedule).__name__}", loss, stepwise(step))
-    row("MDLM.step_confidence", steps=(T,), sample=stepwise(
-        lambda x, i, steps: mdlm.step_confidence(exact(x), x, i, steps)))
+    for schedule in schedules.CosineExpNoiseTransform, schedules.LogLinearExpNoiseTransform:
+        mdlm = MDLM(time.UniformTimeDistribution(), prior.DiscreteMaskedPrior(V + 1), schedule())
+        row(f"MDLM, {schedule.__name__}", loss, stepwise(step))
+    row("MDLM.step_confidence", steps=[T], sample=stepwise(
+        lambda x, *i: mdlm.step_confidence(exact(x), x, *i)))
 
 
 def diffusers():
@@ -333,9 +332,8 @@ def diffusers_again():
 
     def vq(x, i, steps):
         scheduler = lib.VQDiffusionScheduler(V + 1, num_train_timesteps=steps)
-        scheduler.set_timesteps(steps)
         logits = exact(x)[..., :V].transpose(1, 2)
-        return scheduler.step(logits, scheduler.timesteps[i], x).prev_sample
+        return scheduler.step(logits, steps - 1 - i, x).prev_sample
 
     row("VQDiffusionScheduler, as many steps as trained", sample=stepwise(vq))
 
