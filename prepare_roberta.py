@@ -10,7 +10,8 @@ of it is executed, and transformers isn't needed.
 RoBERTa is a masked diffusion model already, but one that has seen a single noise level: 15 % of [MASK]s. Its
 tokens are GPT-2's byte pairs in another order, so a data set of GPT-2's ids serves as it is, if the rows of
 the embeddings move to GPT-2's places, which happens here. The <s> with which RoBERTa's texts begin is left
-out. The settings of config/roberta.py become those of the model, so that a run which starts from it has
+out: with random weights it moves the logits by .07 of their s.d. in 16 tokens, .01 in 128 and .002 in 511, if
+all positions stay; the first of our tokens has the position that <s> had. The settings of config/roberta.py become those of the model, so that a run which starts from it has
 learning rates that don't destroy what is there.
 """
 import json
