@@ -251,7 +251,7 @@ def test_folders_are_read_once_without_what_is_held_out(owt):
     assert re.sub(r"\s", "", "".join(first[3:])) == "alineoftext" * 81_000 + "words" * 200_000
 
 
-MANY = [json.dumps({"text": f"document {i} of {'many ' * (i % 7)}"}) for i in range(300)]
+MANY = [json.dumps({"text": f"document {i} of {'many ' * (i % 7)}"}) for i in range(1200)]
 
 
 def dies_at(n, run):
