@@ -47,7 +47,6 @@ class Causal(Masked):
         super().__init__(cfg, V)
         for block in self.net.blocks:
             block.causal = True
-            block.aside = 2, 1
 
     def forward(self, x0, t):
         where = torch.ones_like(x0, dtype=torch.bool)

@@ -57,8 +57,7 @@ def look_aside(x, places):
 class Block(nn.Module):
     """Attention and MLP on the residual stream x (B, T, C), each shifted, scaled and gated by the time."""
 
-    causal = False                                      # bench.py compares with a GPT, which sets it to True,
-    aside = 2, 1, -1, -2                                # and this to 2, 1
+    causal = False                                      # bench.py compares with a GPT, which sets it to True
 
     def __init__(self, cfg):
         super().__init__()
@@ -94,7 +93,8 @@ class Block(nn.Module):
         y = self.attend(y, cos, sin)
         x = torch.addcmul(x, self.dropout(y), gate1)
         y = torch.addcmul(shift2, norm(x), scale2)
-        y = look_aside(y, self.aside)
+        places = (2, 1) if self.causal else (2, 1, -1, -2)
+        y = look_aside(y, places)
         y = self.mlp(y)
         return torch.addcmul(x, self.dropout(y), gate2)
 
@@ -133,11 +133,11 @@ class Transformer(nn.Module):
         mod = self.modulation(t).to(self.dtype)
         places = torch.arange(x.size(1), device=x.device)
         angle = torch.outer(places, self.turns)
-        angle = angle.repeat(1, 2)                                              # (T, d)
+        angle = torch.cat((-angle, angle), dim=1)                               # (T, d): the minus is for rotate()
         cos = angle.cos().to(self.dtype)
         sin = angle.sin().to(self.dtype)
-        sin[:, :len(self.turns)] *= -1                  # see rotate()
-        x = norm(x.to(self.dtype))
+        x = x.to(self.dtype)
+        x = norm(x)
         for i, block in enumerate(self.blocks):
             x = block(x, mod[:, i], cos, sin)
         return norm(x)

@@ -488,7 +488,7 @@ def test_a_causal_network_sees_no_later_place():
     net = build("masked", 11).net
     stir(net)
     for block in net.blocks:
-        block.causal, block.aside = True, (2, 1)
+        block.causal = True
     x = torch.randn(1, 16, 32)
     y = net(x, torch.zeros(1))
     x[:, 9] += 1

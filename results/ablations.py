@@ -74,7 +74,6 @@ class Causal(SeparateHead):
         nn.init.zeros_(self.head.weight)
         for block in self.net.blocks:
             block.causal = True
-            block.aside = 2, 1
 
     def denoise(self, xt, where):
         before = F.pad(xt[:, :-1], (1, 0), value=self.V)                    # a place sees those before it
