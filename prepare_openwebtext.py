@@ -206,10 +206,12 @@ def read(path, share):
                 skip = seen != done["seen"]
                 continue
             texts = [item for item in batch if isinstance(item, str) and item]
-            for split in "train", "val":
-                here = [text for text in texts if side(text, share) == split]
-                ids = bpe.encode_ordinary_batch(here, num_threads=os.cpu_count())
-                append(split, [np.array([*document, END], np.uint16) for document in ids])
+            ids = bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            parts = {"train": [], "val": []}
+            for text, its in zip(texts, ids):
+                parts[side(text, share)].append(np.array([*its, END], np.uint16))
+            for split, arrays in parts.items():
+                append(split, arrays)
             done.update(seen=seen, read=done["read"] + len(batch), broken=done["broken"] + len(broken),
                         named=(done["named"] + broken)[:5])
             keep(done)
