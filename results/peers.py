@@ -313,9 +313,10 @@ def diffusers():
     ddim = lib.DiscreteDDIMScheduler()
     measure("DiscreteDDIMScheduler, temperature 1", ddim, noise, exact_of_noise, temperature=1.0)
     measure("DiscreteDDIMScheduler, default temperature 0", ddim, noise, exact_of_noise)
+    more_of_diffusers()
 
 
-def diffusers_again():
+def more_of_diffusers():
     """Two more of its samplers: DiscreteDDIMScheduler with its corrector, and VQDiffusionScheduler."""
     import diffusers as lib
 
@@ -548,7 +549,6 @@ PACKAGES = {        # function, and what pip installs
     "flow-matching": (flow_matching, "flow-matching==1.0.10"),
     "bionemo-moco": (bionemo_moco, "bionemo-moco==0.0.2.2"),
     "diffusers": (diffusers, "diffusers==0.42.1 huggingface-hub==2.4.0"),
-    "diffusers-again": (diffusers_again, "diffusers==0.42.1 huggingface-hub==2.4.0"),
     "transformers": (transformers, "transformers==5.24.0"),
     "x-transformers": (x_transformers, "x-transformers==2.31.10"),
     "d3-dna": (d3_dna, "d3-dna==0.1.3"),
@@ -567,6 +567,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     np.random.seed(0)                   # which some draw from; torch is seeded for each measurement
     measure_package, pins = PACKAGES[name]
-    version = importlib.metadata.version(name.removesuffix("-again")) if pins else ""
+    version = importlib.metadata.version(name) if pins else ""
     print(f"{name} {version} torch {torch.__version__}; entropy {ENTROPY:.4f}, log V {math.log(V):.4f}")
     measure_package()
