@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,49 +42,51 @@ def nanogpt(folder, cfg, V):
     return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
 
 
-def stepper(name, folder, cfg):
-    """A function that takes one training step of that model; and the model."""
+def data(cfg):
+    """The splits, and the size of the vocabulary; nanoGPT's crops are longer by one token."""
     meta, splits = load_data(cfg.dataset, cfg.block_size + 1)
-    V = Tokenizer(meta).V
-    B, T = cfg.batch_size, cfg.block_size
-    rng = np.random.default_rng(cfg.seed)
-    torch.manual_seed(cfg.seed)
-    if name == "nanoGPT":
-        model, optimizer = nanogpt(folder, cfg, V)
+    return splits, Tokenizer(meta).V
 
-        def step():
-            x = crops(splits["train"], rng, B, T + 1)
-            _, loss = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
-        def rate(lr):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        return model, step, rate, splits
+def its_loss(model, tokens, rng, cfg):
+    """The loss of nanoGPT's model on a batch of crops: it predicts each token but the first."""
+    x = crops(tokens, rng, cfg.batch_size, cfg.block_size + 1)
+    return model(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
 
-    model = PROCESSES[name](cfg, V)
-    ema = copy.deepcopy(model)
-    optimizers = configure_optimizers(model, cfg)
 
-    def step():
-        model(crops(splits["train"], rng, B, T), times(rng, 1, B, bell=True)[0]).backward()
-        update(model, ema, optimizers, cfg.grad_clip, cfg.ema_decay)
-    return model, step, None, splits
+def its_step(model, optimizer, tokens, rng, cfg):
+    """One training step of nanoGPT's model."""
+    its_loss(model, tokens, rng, cfg).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def our_step(model, ema, optimizers, tokens, rng, cfg):
+    """One training step of masked or embed."""
+    B = cfg.batch_size
+    model(crops(tokens, rng, B, cfg.block_size), times(rng, 1, B, bell=True)[0]).backward()
+    update(model, ema, optimizers, cfg.grad_clip, cfg.ema_decay)
 
 
 def runner(pipe, name, folder, cfg):
     """Answers each message by the CPU seconds of a step; one process for each model."""
-    model, step, *_ = stepper(name, folder, cfg)
+    splits, V = data(cfg)
+    torch.manual_seed(cfg.seed)
+    if name == "nanoGPT":
+        model, optimizer = nanogpt(folder, cfg, V)
+        step = partial(its_step, model, optimizer)
+    else:
+        model = PROCESSES[name](cfg, V)
+        step = partial(our_step, model, copy.deepcopy(model), configure_optimizers(model, cfg))
+    step = partial(step, splits["train"], np.random.default_rng(cfg.seed), cfg)
     if cfg.compile:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True            # as train.py does
         model.compile()
     for _ in range(3):                                                          # the first steps are slow
         step()
+    pipe.send("ready")
     while True:
-        pipe.send("ready")
         pipe.recv()
         start = time.process_time()
         step()
@@ -98,9 +101,10 @@ def race(folder, cfg):
         pipes[name], theirs = multiprocessing.Pipe()
         processes.append(multiprocessing.Process(target=runner, args=(theirs, name, folder, cfg)))
         processes[-1].start()
+    for pipe in pipes.values():
+        pipe.recv()                                                             # it is ready
     for _ in range(ROUNDS):
         for name, pipe in pipes.items():
-            pipe.recv()
             pipe.send("go")
             seconds[name].append(pipe.recv())
     for process in processes:
@@ -114,17 +118,21 @@ def race(folder, cfg):
 
 def learn(folder, cfg):
     """Trains nanoGPT's model with its own schedule; prints its loss on validation crops."""
-    model, step, rate, splits = stepper("nanoGPT", folder, cfg)
+    splits, V = data(cfg)
+    torch.manual_seed(cfg.seed)
+    rng = np.random.default_rng(cfg.seed)
+    model, optimizer = nanogpt(folder, cfg, V)
     for i in range(cfg.max_iters):
         share = (i - 100) / (cfg.max_iters - 100)
-        rate(1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 9e-4 * (1 + math.cos(math.pi * share)) / 2)
-        step()
+        rate = 1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 9e-4 * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        its_step(model, optimizer, splits["train"], rng, cfg)
     model.eval()
     losses = torch.zeros(cfg.eval_iters)
     with torch.no_grad():
         for i in range(cfg.eval_iters):
-            x = crops(splits["val"], np.random.default_rng((0, i)), cfg.batch_size, cfg.block_size + 1)
-            losses[i] = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+            losses[i] = its_loss(model, splits["val"], np.random.default_rng((0, i)), cfg)
     se = losses.std() / cfg.eval_iters ** 0.5
     print(f"nanoGPT, {cfg.max_iters} steps, seed {cfg.seed}: {losses.mean():.4f} ± {se:.4f} nats/token")
 
