@@ -32,12 +32,15 @@ from data import Tokenizer, crops, load_checkpoint, load_data, load_weights, sav
 from diffusion import PROCESSES, times
 from optim import configure_optimizers, update
 
-# ---- settings: a run that starts from a checkpoint uses those of the checkpoint; flags override them
+# ---- memory: glibc keeps what a step frees, for the next one, which then takes .92 of the CPU time
 
-if sys.platform == "linux":                 # keep the memory that a step frees, for the next one: it takes .92 of
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)                       # the CPU time (musl has none)
+if sys.platform == "linux":
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)                       # musl has none
     if mallopt and mallopt(-3, 2 ** 30):    # M_MMAP_THRESHOLD; where glibc refuses that, it adapts by itself
         mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD
+
+# ---- settings: a run that starts from a checkpoint uses those of the checkpoint; flags override them
+
 sys.stdout.reconfigure(line_buffering=True, errors="replace")                   # · or 世 where there is none
 nowhere = open(os.devnull, "w")             # noqa: SIM115 (open to the end)
 cfg = load(Config)
