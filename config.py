@@ -85,11 +85,6 @@ class Config:
     compile: truth_or_auto = "auto"             # torch.compile; auto: on CUDA. Not repeatable on CPU threads
     seed: count = 1337                          # of the weights, the crops, the times and the noise
 
-    def __post_init__(self):
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd is {self.n_embd}: n_head {self.n_head} needs a multiple of "
-                             f"{2 * self.n_head}")
-
 
 @dataclass
 class SampleConfig:
@@ -127,8 +122,8 @@ def load(cls, argv=None, defaults=None):
     parser.add_argument("config", nargs="?", help="a Python file of assignments, name = value")
     for f in fields(cls):
         bare = {"nargs": "?", "const": "True"} if f.type in (truth, truth_or_auto) else {}       # --compile
-        parser.add_argument(f"--{f.name}", type=f.type, metavar=repr(f.default),
-                            help=comments.get(f.name), **bare)
+        parser.add_argument(
+            f"--{f.name}", type=f.type, metavar=repr(f.default), help=comments.get(f.name), **bare)
     flags = vars(parser.parse_intermixed_args(argv))
     path = flags.pop("config", None)
     assigned = {}
@@ -138,12 +133,10 @@ def load(cls, argv=None, defaults=None):
         except Exception as e:  # noqa: BLE001 (the file is the user's code)
             fail(f"{path} can't be read: {type(e).__name__}: {e}")
         # what the file assigns is checked as if it came from flags
-        lines = [f"--{name}={value}" for name, value in variables.items() if name[0] != "_"]
+        lines = [f"--{name}={value}"
+                 for name, value in variables.items() if name[0] != "_"]
         assigned = vars(parser.parse_args(lines))
-    try:
-        return cls(**(defaults or {}) | assigned | flags)
-    except ValueError as e:
-        fail(e)
+    return cls(**(defaults or {}) | assigned | flags)
 
 
 def hardware(cfg):

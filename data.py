@@ -65,22 +65,17 @@ def load_data(dataset, block_size):
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         for split in "train", "val":
-            path = folder / f"{split}.bin"
-            splits[split] = np.memmap(path, np.uint16, "r")                     # may be larger than the memory
-            check(path, splits[split], meta[f"{split}_tokens"], meta["vocab_size"], block_size)
-    except (OSError, ValueError, LookupError, TypeError) as e:
+            n = meta[f"{split}_tokens"]
+            splits[split] = ids = np.memmap(folder / f"{split}.bin", np.uint16, "r")        # not read into the memory
+            if not block_size <= len(ids) == n:
+                fail(f"{folder}/{split}.bin has {len(ids)} tokens: meta.json says {n}; a block takes {block_size}")
+            if max(ids[:ENDS].max(), ids[-ENDS:].max()) >= meta["vocab_size"]:
+                fail(f"{folder}/{split}.bin holds ids beyond the vocabulary: prepare it again")
+    except Exception as e:  # noqa: BLE001 (meta.json may hold anything)
         fail(f"{folder} can't be used ({e!r}): prepare_*.py --dataset {dataset} writes it, or goes on with it")
     # tells a data set that was prepared anew from the one before
     meta["checksum"] = zlib.crc32(splits["val"][:ENDS], zlib.crc32(splits["train"][:ENDS]))
     return meta, splits
-
-
-def check(path, ids, n, V, block_size):
-    """Exits unless the file at path holds n ids below V, enough for a block."""
-    if not block_size <= len(ids) == n:
-        fail(f"{path} has {len(ids)} tokens: meta.json says {n}, and a block takes at least {block_size}")
-    if max(ids[:ENDS].max(), ids[-ENDS:].max()) >= V:
-        fail(f"{path} holds ids beyond the vocabulary of {V}: prepare it again")
 
 
 def crops(tokens, rng, B, T):
@@ -93,13 +88,6 @@ def crops(tokens, rng, B, T):
 # ---- checkpoints, which are plain dicts
 
 
-def replace_file(path, write):
-    """write(file) fills a temporary file, which then takes the name: there is the old one or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-    os.replace(f"{path}.tmp", path)
-
-
 FORMAT = 3                  # of checkpoints: commit b26d635 reads those without a number, 42a868e those with a 2
 
 
@@ -107,7 +95,8 @@ def save_checkpoint(path, content):
     """Writes a dict; a crash on the way leaves the old file as it was. Raises an OSError if it can't."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        replace_file(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+        torch.save(content | {"format": FORMAT}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
     except RuntimeError as e:                           # this is what torch makes of a full disk
         raise OSError(e) from e
 

@@ -45,13 +45,12 @@ def look_aside(x, places):
     Beyond the ends there are zeros. No weights, yet worth .11 nats: what a [MASK] needs most is what stands
     beside it. The idea is from video (TSM, arXiv:1811.08383).
     """
-    _, T, C = x.shape
-    sizes = [C // 8] * len(places)
-    *parts, rest = x.split([*sizes, C - sum(sizes)], dim=-1)
+    T = x.size(1)
+    parts = list(x.chunk(8, dim=-1))                    # those behind the first few stay as they are
     for i, n in enumerate(places):
         n = max(-T, min(n, T))
         parts[i] = F.pad(parts[i], (0, 0, n, -n))       # n zeros in front, and as many places less at the end
-    return torch.cat((*parts, rest), dim=-1)
+    return torch.cat(parts, dim=-1)
 
 
 class Block(nn.Module):
@@ -108,21 +107,17 @@ class Transformer(nn.Module):
         self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         # the time: 128 sines and cosines -> MLP -> six vectors for all layers, to which each layer adds its own
-        waves = 1000 * 10000 ** (-torch.arange(64) / 64)
-        self.register_buffer("waves", waves, persistent=False)
         self.time1 = Linear(128, C)
         self.time2 = Linear(C, 6 * C, zero=True)
         identity = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])                 # shift, scale, gate; twice
         table = identity[:, None].repeat(cfg.n_layer, 1, C)
         self.table = nn.Parameter(table)                                        # (n_layer, 6, C)
-        # the positions: an angle for each pair of channels of a head
-        d = C // cfg.n_head
-        turns = 10000 ** (-torch.arange(0, d, 2) / d)
-        self.register_buffer("turns", turns, persistent=False)
+        self.d = C // cfg.n_head                                                # channels of a head
 
     def modulation(self, t):
         """(B, n_layer, 6, 1, C): shift, scale and gate of attention and of the MLP in each layer, at t (B,)."""
-        angle = t.float()[:, None] * self.waves                                 # (B, 64)
+        waves = 1000 * 10000 ** (-torch.arange(64, device=t.device) / 64)
+        angle = t.float()[:, None] * waves                                      # (B, 64)
         features = torch.cat((angle.cos(), angle.sin()), dim=1)
         hidden = F.silu(self.time1(features))
         shared = self.time2(hidden).view(len(t), 1, 6, 1, -1)
@@ -131,8 +126,10 @@ class Transformer(nn.Module):
 
     def forward(self, x, t):
         mod = self.modulation(t).to(self.dtype)
+        # the positions: an angle for each pair of channels of a head
         places = torch.arange(x.size(1), device=x.device)
-        angle = torch.outer(places, self.turns)
+        turns = 10000 ** (-torch.arange(0, self.d, 2, device=x.device) / self.d)
+        angle = torch.outer(places, turns)
         angle = torch.cat((-angle, angle), dim=1)                               # (T, d): the minus is for rotate()
         cos = angle.cos().to(self.dtype)
         sin = angle.sin().to(self.dtype)

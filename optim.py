@@ -3,7 +3,11 @@ import torch
 
 # Three polynomials a s + b s^3 + c s^5 that, one after the other, move singular values s from .01 to 1 as near
 # to 1 as three can (Polar Express, arXiv:2505.16932). Beyond 1 they explode: 1.01 becomes 3,110.
-STEPS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+STEPS = [
+    (8.0934, -23.6204, 17.4462),
+    (3.6366, -2.7219, 0.5365),
+    (2.6613, -1.9772, 0.4526),
+]
 
 
 def orthogonalise(X):
@@ -46,11 +50,13 @@ def configure_optimizers(model, cfg):
     RoBERTa is for AdamW alone: to go on by Muon where Adam began harms what was learned (arXiv:2605.10468).
     """
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2 and cfg.net == "own"]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    others = [p for p in model.parameters() if p not in set(matrices)]
     muon = Muon(
         [{"params": matrices}],         # a group may be empty, a list may not
         {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": 0.95})
-    adamw = torch.optim.AdamW(others, lr=cfg.adam_lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    adamw = torch.optim.AdamW(
+        others, lr=cfg.adam_lr, betas=(0.9, 0.95),
+        weight_decay=0, fused=True)
     return [muon, adamw]
 
 
@@ -62,4 +68,5 @@ def update(model, ema, optimizers, grad_clip, keep):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+    torch._foreach_lerp_(
+        list(ema.parameters()), list(model.parameters()), 1 - keep)

@@ -7,6 +7,8 @@ import re
 import sys
 import time
 from html import escape
+from itertools import groupby
+from operator import itemgetter
 
 STYLES = {"noise": 2, "new": 32, "settled": 0}          # in the terminal: dim, green, plain
 
@@ -28,15 +30,6 @@ def show(before, state):
     time.sleep(0.05)
 
 
-def layer(styled, style, room):
-    """The text of one style: each token in the columns that its last state takes, blanks for the others."""
-    columns = ""
-    for (text, its_style), last in zip(styled, room):
-        text = text if its_style == style else ""
-        columns += text[:len(last)].ljust(len(last))
-    return columns.replace("\n", " ")
-
-
 def animation(states, wrap=64, seconds=0.12, hold=3):
     """An SVG of the states and of the settled text: a film strip that goes up by one picture at a time.
 
@@ -52,14 +45,17 @@ def animation(states, wrap=64, seconds=0.12, hold=3):
     height = 20 * len(lines) + 20
     frames = ""
     for i, styled in enumerate(pictures):
+        columns = []                        # of each: its character and style. A token takes as many as in the end
+        for (text, style), last in zip(styled, room):
+            width = len(last)
+            columns += [(c, style) for c in text[:width].ljust(width)]
         frames += f'<g transform="translate(0 {i * height})">'
-        for style in STYLES:
-            columns = layer(styled, style, room)
-            spans = ""
-            for y, (start, end) in enumerate(lines):
-                line = escape(columns[start:end].rstrip())
-                spans += f'<tspan x="9" y="{20 * y + 24}">{line}</tspan>' if line else ""
-            frames += f'<text class="{style}">{spans}</text>' if spans else ""
+        for y, (start, end) in enumerate(lines):
+            frames += f'<text x="9" y="{20 * y + 24}">'
+            for style, run in groupby(columns[start:end], key=itemgetter(1)):
+                text = "".join(c for c, _ in run).replace("\n", " ")
+                frames += f'<tspan class="{style}">{escape(text)}</tspan>'
+            frames += "</text>"
         frames += "</g>\n"
     up = i * height
     run = i * seconds

@@ -185,6 +185,16 @@ def prepare(dataset="shakespeare", path=None, val=None, like=None, vocab_size=No
           f"{''.join(chars[-99:])[-99:]!a}")
 
 
+def first_use(dataset):
+    """Prepares data/shakespeare, or data/characters, when train.py asks for it and it isn't there."""
+    folder = Path("data", dataset)
+    meta_path = folder / "meta.json"
+    if dataset in ("shakespeare", "characters") and not folder.exists():
+        prepare(dataset, vocab_size=0 if dataset == "characters" else None)
+    elif dataset == "shakespeare" and meta_path.exists() and '"settings"' not in meta_path.read_text("utf-8"):
+        print(f"{folder} is of an older version, which took characters: delete it, and strings take their place")
+
+
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--input", dest="path", help="a UTF-8 text file (default: download Tiny Shakespeare)")

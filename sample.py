@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import time
 from string import Formatter
 
 import torch
@@ -112,27 +111,22 @@ n_at_once = max(1, 2 ** 27 // (block * (tokenizer.V + 32 * trained.n_embd)))
 in_terminal = sys.stderr.isatty()
 watch = cfg.watch and in_terminal
 film = []                               # the states of the first sample, for --watch and --svg
-calls = []                              # an entry for each call of the network
-model.net.register_forward_hook(lambda *_: calls.append(1))
 torch.manual_seed(-1 - cfg.seed)        # not as in training: the first noise would be the embeddings it drew
-began = time.time()
 for done in range(0, cfg.num_samples, n_at_once):
     n = min(n_at_once, cfg.num_samples - done)
     x = torch.tensor([ids] * n, device=cfg.device)
     given = torch.tensor([known] * n, device=cfg.device)
-    for certainty in tqdm(write(x, given), unit=" steps", leave=False, disable=watch or not in_terminal):
+    states = write(x, given)
+    for certainty in tqdm(states, unit=" steps", leave=False, disable=watch or not in_terminal):
         if done == 0 and (watch or cfg.svg):
-            film.append((tokenizer.pieces(x[0].tolist()), certainty[0].tolist()))
+            texts = tokenizer.pieces(x[0].tolist())
+            film.append((texts, certainty[0].tolist()))
             if watch:
                 show(film[-2:][0], film[-1])
     for i, row in enumerate(x.tolist(), start=done):
         if i > 0:
             print("-" * 80)
         print(tokenizer.decode(row), flush=True)
-seconds = time.time() - began
-written = cfg.num_samples * known.count(False)
-print(f"{written} tokens in {len(calls)} network calls, {seconds:.2f} s: {written / seconds:.0f} tokens/s",
-      file=sys.stderr)
 if film:
     every = len(film) // 48 + 1         # so many pictures are enough
     svg.write(animation(film[:-1:every] + film[-1:]))

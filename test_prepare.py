@@ -3,19 +3,17 @@
 It needs the helpers everything, put, python, refused and script.
 """
 import contextlib
-import fcntl
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
 import re
-import resource
 import tarfile
 import time
 import urllib.request
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -34,16 +32,14 @@ CODE = "def f(x):\n\tif x != '\"':\r\n        return  {x: 'don''t', 0xff: \"世�
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, with data/ of several kinds; busy is being prepared."""
+    """An empty folder to work in, with data/ of several kinds."""
     monkeypatch.chdir(tmp_path)
     put({"abc.txt": "some text to learn", "empty.txt": "", "data/file": "", "data/torn/progress.json": "{",
          "data/begun/progress.json": '{"command": "python prepare.py"}', "data/half/meta.json": "{"})
     shakespeare("abc.txt", "abc")
     put({"data/gpt2/meta.json": '{"vocab_size": 50257, "source": "s", "train_tokens": 1, "val_tokens": 1}',
-         "data/gpt2/train.bin": b"\0\0", "data/gpt2/val.bin": b"\0\0", "data/busy/train.bin": ""})
-    with open("data/busy/train.bin") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield tmp_path
+         "data/gpt2/train.bin": b"\0\0", "data/gpt2/val.bin": b"\0\0"})
+    return tmp_path
 
 
 def shakespeare(path, dataset, *argv):
@@ -57,8 +53,8 @@ def written(dataset):
 
 
 @pytest.mark.parametrize("name, content, argv, cut", [
-    ("t.txt", TEXT.encode("utf-8-sig"), ["--like", "wide"], 540), ("t.GZ", gzip.compress(TEXT.encode()), [], 540),
-    ("t.xz", lzma.compress(TEXT.encode()), ["--val", "val.txt"], 600)], ids=["like", "gz", "val"])
+    ("t.txt", TEXT.encode("utf-8-sig"), ["--like", "wide"], 540),
+    ("t.XZ", lzma.compress(TEXT.encode()), ["--val", "val.txt"], 600)], ids=["like", "val"])
 def test_characters_are_written_as_they_are(folder, name, content, argv, cut):
     put({name: content, "val.txt": "\ufeff世ü", "wide.txt": f"{TEXT}xyz"})
     shakespeare("wide.txt", "wide")
@@ -70,13 +66,13 @@ def test_characters_are_written_as_they_are(folder, name, content, argv, cut):
     assert (meta["source"], meta["val_chars"]) == (name, len(val))
 
 
-@pytest.mark.parametrize("text, least, most", [
-    ("".join(sorted(topics.values())), 2048, 2048), ("a page, a page", 7, 12),
-    ("".join(map(chr, range(0x4e00, 0x5e00))) * 2, 4096, 4096)], ids=["long", "short", "many characters"])
-def test_without_vocab_size_there_are_2048_strings_or_what_the_text_gives(folder, text, least, most):
-    put({"t.txt": text})
+@pytest.mark.parametrize("text, size", [
+    ("".join(sorted(topics.values())), 2048), ("a page, a page", 11), ("".join(map(chr, range(2 ** 12))), 2 ** 12)],
+    ids=["long", "short", "many characters"])
+def test_without_vocab_size_there_are_2048_strings_or_what_the_text_gives(folder, text, size):
+    put({"t.txt": text * 2})
     script("prepare_shakespeare.py", "--input", "t.txt", "--dataset", "mine")
-    assert least <= written("mine")[0]["vocab_size"] <= most
+    assert written("mine")[0]["vocab_size"] == size
 
 
 @pytest.mark.parametrize("words", ["Don't|,| o'er|\n|it", "A|:| b|:|:", "x|...\n\n|  |y|?!|\t",
@@ -85,18 +81,16 @@ def test_words_are_what_strings_stay_within(words):
     assert WORDS.findall(words.replace("|", "")) == words.split("|")
 
 
-@pytest.mark.parametrize("text, size", [
-    (CODE * 4000, "60"), ("ab" * 2 ** 18, "15"), (topics["lambda"] * 150, "60")],
-    ids=["code", "one word", "prose"])
-def test_strings_give_back_a_text_in_pieces_the_tokens_of_the_whole(folder, text, size):
+@pytest.mark.parametrize("text", [CODE * 4000, topics["lambda"] * 150], ids=["code", "prose"])
+def test_strings_give_back_a_text_in_pieces_the_tokens_of_the_whole(folder, text):
     put({"t.txt": text.encode()})
-    shakespeare("t.txt", "mine", "--vocab_size", size)
+    shakespeare("t.txt", "mine", "--vocab_size", "60")
     meta, tokens = written("mine")
-    assert meta["vocab_size"] == int(size)
-    for split, part in ("train", text[:len(text) * 9 // 10]), ("val", text[len(text) * 9 // 10:]):
+    assert meta["vocab_size"] == 60
+    cut = len(text) * 9 // 10
+    for split, part in ("train", text[:cut]), ("val", text[cut:]):
         assert Tokenizer(meta).decode(tokens[split]) == part
-        whole = Tokenizer(meta).encode(part)
-        assert tokens[split] == whole or text.startswith("abab") and len(tokens[split]) <= len(whole) + 3
+        assert tokens[split] == Tokenizer(meta).encode(part)
 
 
 def test_strings_come_of_the_most_frequent_neighbours_the_first_of_equal_ones():
@@ -106,14 +100,12 @@ def test_strings_come_of_the_most_frequent_neighbours_the_first_of_equal_ones():
     while len(strings) < 200:
         pairs = Counter()
         for name, word in words.items():
-            for pair in itertools.pairwise(word):
+            for pair in pairwise(word):
                 pairs[pair] += times[name]
         pair = pairs.most_common(1)[0][0]               # of equal counts, the one that was met first
         strings.append("".join(pair))
         words = {name: join(word, pair, strings[-1]) for name, word in words.items()}
     assert joined(sorted(set(text)), text, 200) == strings
-    assert join([1, 1, 1], (1, 1), 2) == [2, 1]
-    assert joined("ab", "abab", 99) == ["a", "b", "ab"]     # nothing is left that occurs twice
 
 
 def test_counting_takes_seconds_and_no_list_of_all_tokens(folder):
@@ -199,22 +191,19 @@ def bins(dataset):
         texts = [Tokenizer(meta).decode(part).removesuffix("<|endoftext|>") for part in parts]
         found[split] = [text for text in texts if text]
     assert meta["val_chars"] == len("".join(found["val"]))
-    assert sorted(os.listdir(f"data/{dataset}")) == ["meta.json", "train.bin", "val.bin"]
+    assert {*os.listdir(f"data/{dataset}")} - {"broken.txt"} == {"meta.json", "train.bin", "val.bin"}
     return found
 
 
 @pytest.mark.parametrize("name, content", [
     ("b.TXT.XZ", lzma.compress(PLAIN)), ("e.ndjson.gz", gzip.compress(LINES)), ("docs.tar", ARCHIVE),
-    ("h.tar.xz", tar("w:xz", {"x/README": b"\xff", "._0.txt": b"\xff", "x/some.jsonl": LINES})),
-    ("i.tgz", tar("w:gz", {"a.txt": PLAIN}))], ids=["xz", "ndjson", "tar", "tar.xz", "tgz"])
-def test_documents_of_every_kind_become_the_same_tokens(owt, capsys, name, content):
+    ("h.tgz", tar("w:gz", {"x/README": b"\xff", "._0.txt": b"\xff", "x/some.jsonl": LINES}))],
+    ids=["xz", "ndjson", "tar", "tgz"])
+def test_documents_of_every_kind_become_the_same_tokens(owt, name, content):
     put({name: content})
-    owt("x", "--val_share=.3", "--input", name)
+    owt("x", "--val_share=.3", "--input", Path(name).absolute().as_uri())       # an address: it is downloaded
     found = bins("x")
     assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS) and 4 < len(found["val"]) < 21
-    sizes = [len(Tokenizer({"vocab_size": 50257}).encode(text)) + 1 for text in DOCUMENTS]
-    assert (f"; 41 documents of {np.mean(sizes):.1f} tokens in the mean, "
-            f"{np.median(sizes):.0f} in the median, 0.0% of them longer") in capsys.readouterr().out
 
 
 LETTERS = [f"{letter} document of some words" for letter in "abcdefghijklmnopqrst"]
@@ -222,10 +211,9 @@ LETTERS = [f"{letter} document of some words" for letter in "abcdefghijklmnopqrs
 
 @pytest.mark.parametrize("texts, share, least, most", [
     ([f"{' '.join(DOCUMENTS)} "] * 20, 0.0005, 0.0999, 0.1001),                 # copies of a text: it is cut
-    (["one document"], 0.0005, 0.1, 0.5), (["one"], 0.6, 0.3, 0.7),
-    (LETTERS, 0.0005, 0.09, 0.11),                                              # one in 2,000 would be none
-    (LETTERS[9:] + LETTERS, 0.0005, 0.09, 0.11),
-    (LETTERS * 9, 0.2, 0.05, 0.4), (LETTERS * 9, 0.5, 0.25, 0.75),
+    (["one document"], 0.0005, 0.1, 0.5),
+    (LETTERS[9:] + LETTERS, 0.0005, 0.09, 0.11),                                # one in 2,000 would be none
+    (LETTERS * 9, 0.2, 0.05, 0.4),
     ([f"{i} {LETTERS[0] * 9}" for i in range(5000)], 0.015, 0.01, 0.02)])
 def test_validation_is_never_empty_and_shares_no_text_with_training(owt, texts, share, least, most):
     put({"a.txt": BREAK.join(texts)})
@@ -238,17 +226,15 @@ def test_validation_is_never_empty_and_shares_no_text_with_training(owt, texts, 
 
 
 def test_folders_are_read_once_without_what_is_held_out(owt):
-    put({"in/a.TXT": "first", "in/deep/b.jsonl": '{"content": "second"}', "in/LICENSE": "",
-         "in/._c.txt": b"\xff", "in/d.parquet": "", "held.txt": "held out",
-         "else/f.tar": tar("w", {"f.txt": b"third\n\n\n\nof them"}),
-         "long.txt": BREAK.join([f"{'a line of text ' * 9}\n" * 9000, "words " * 200_000, "end"])})
-    for name, target in ("linked", "../else"), ("no.txt", "no"), ("deep/up", ".."), ("h.txt", "../held.txt"):
-        os.symlink(target, f"in/{name}")
+    put({"in/a.TXT": "first", "in/deep/b.jsonl": '{"content": "second"}', "in/d.parquet": "",
+         "in/._c.txt": b"\xff", "held.txt": "held out",
+         "long.txt": BREAK.join([f"{'a line of text ' * 9}\n" * 9000, "end"])})
+    os.symlink("../held.txt", "in/h.txt")
     owt("x", "--val", "held.txt", "--field=content", "--input", "in", "in/a.TXT", "in", "long.txt")
-    *first, end = bins("x")["train"]
-    assert first[:3] == ["first", "second", "third\n\n\n\nof them"] and bins("x")["val"] == ["held out"]
-    assert len(first) == 7 and max(map(len, first)) < 2 ** 20 + 200 and end == "end"    # in pieces
-    assert re.sub(r"\s", "", "".join(first[3:])) == "alineoftext" * 81_000 + "words" * 200_000
+    first, second, *pieces, end = bins("x")["train"]
+    assert [first, second, end, *bins("x")["val"]] == ["first", "second", "end", "held out"]
+    assert len(pieces) == 2 and max(map(len, pieces)) < 2 ** 20 + 200
+    assert re.sub(r"\s", "", "".join(pieces)) == "alineoftext" * 81_000
 
 
 MANY = [json.dumps({"text": f"document {i} of {'many ' * (i % 7)}"}) for i in range(1200)]
@@ -270,48 +256,50 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch, capsys, 
     put({"0.jsonl": "\n".join(MANY), "1.jsonl": "\n".join([*MANY[::-1], "broken"])})
     argv = [*argv, "--input", "0.jsonl", "1.jsonl"]
     owt("whole", *argv)
-    said = capsys.readouterr().out.partition(":")[2]
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))                 # the disk is full
-    full = refused("prepare_openwebtext.py", "--dataset=cut", *argv)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert re.search("stopped at .* File too large.*the same command goes on", full)
+    said = capsys.readouterr().out.replace("whole", "cut")
     for n in range(6):
         dies_at(n, lambda: owt("cut", *argv))
     assert json.loads(everything("data")["data/cut/progress.json"])["read"] > 0
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for name in "write_text", "unlink":                 # before and behind meta.json
+    replace = os.replace
+
+    def another(*paths):                                # another process writes, too
+        replace(*paths)
+        put({"data/cut/train.bin": Path("data/cut/train.bin").read_bytes() + b"its"})
+
+    for place, name, what, said_then in (
+            (os, "replace", another, "by another process"), (Path, "write_text", stop, "KeyboardInterrupt"),
+            (Path, "unlink", stop, "KeyboardInterrupt")):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, name, stop)
-            assert "KeyboardInterrupt" in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
+            patch.setattr(place, name, what)
+            assert said_then in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
     owt("cut", *argv)
-    assert capsys.readouterr().out.partition(":")[2] == said and "\n1 broken lines" in said
+    assert capsys.readouterr().out == said and "\n1 broken lines" in said
     assert sorted(everything("data/cut").values()) == sorted(everything("data/whole").values())
-    assert "is finished: name another --dataset" in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
 
 
 def test_a_broken_line_is_skipped_counted_and_named(owt, capsys):
-    wrong = [b"{bad", b'{"tex": "a"}', b'{"text": 7}', b"[1]", b'{"text": "caf\xe9"}', b'"text"', b"\xff"]
+    wrong = [b"{bad", b'{"tex": "a"}', b'{"text": 7}', b"[1]", b'{"text": "caf\xe9"}', b'"text"']
     put({"b.jsonl": b"\n".join([b'{"text": "a"}', b'{"text": null}', b"", *wrong, b'{"text": "z"}']),
          "c.jsonl": '{"text": "held out"}', "d.jsonl": b"\n".join(wrong)})
     owt("x", "--input", "b.jsonl", "--val", "c.jsonl")
     assert bins("x") == {"train": ["a", "z"], "val": ["held out"]}
     said = capsys.readouterr().out
-    assert "7 broken lines" in said and "KeyError('text')" in said
+    assert "6 broken lines" in said and "KeyError('text')" in said
     assert all(f"b.jsonl, line {n} is no JSON with a string 'text'" in said for n in range(4, 9))
-    assert "no line of d.jsonl is right: d.jsonl, line 1 is no" in refused(
+    assert Path("data/x/broken.txt").read_text().count("\n") == 6
+    assert "no line of d.jsonl is right: see data/y/broken.txt" in refused(
         "prepare_openwebtext.py", "--dataset=y", "--input", "d.jsonl")
-    owt("y", "--input", "b.jsonl")                      # nothing had been done: other files may begin
 
 
 JSON = "\n".join(MANY * 9).encode()
 
 
 @pytest.mark.parametrize("name, cut, whole", [
-    ("boundary.tar", ARCHIVE[:SECOND], ARCHIVE), ("cut.txt.xz", lzma.compress(PLAIN)[:-20], lzma.compress(PLAIN)),
+    ("boundary.tar", ARCHIVE[:SECOND], ARCHIVE),
     ("block.tar", ARCHIVE[:SECOND] + b"x" * 512 + ARCHIVE[SECOND + 512:], ARCHIVE),
     ("cut.jsonl.gz", gzip.compress(JSON)[:-900], gzip.compress(JSON))])
 def test_what_cannot_be_read_is_named_and_mended_it_goes_on(owt, name, cut, whole):
@@ -322,52 +310,20 @@ def test_what_cannot_be_read_is_named_and_mended_it_goes_on(owt, name, cut, whol
         assert re.search(words, refused("prepare_openwebtext.py", "--dataset=x", *argv, *more))
 
     says(f"stopped at {name} .*Error")
-    assert b"openwebtext.py --dataset=x --input '0 a.txt' 1.txt " in everything("data")["data/x/progress.json"]
     for more in "--val=1.txt", "--field=txt", "--val_share=.1":
         says("begun with other", more)
     part = everything("data")["data/x/train.bin"]
     put({"data/x/train.bin": part[:2], name: whole})
     says("has lost")
     put({"data/x/train.bin": part})
-    if name == "cut.jsonl.gz":
-        put({name: gzip.compress(JSON.replace(b"document 3", b"paper 3"))})
-        says("cut.jsonl.gz has changed")
-        put({name: whole})
     owt("x", *argv)
     owt("y", *argv)
     assert bins("x") == bins("y")
 
 
-class Body(io.BytesIO):
-    """What urlopen gives in place of huggingface.co: 9,000 bytes, then the connection breaks."""
-    status = 206
-    end = 10 ** 9
-
-    def __init__(self, request, **_):
-        at = int(request.headers["Range"][6:-1])
-        super().__init__(ARCHIVE[at:min(at + 9000, self.end)])
-        self.length = max(1, len(ARCHIVE) - at - 9000) if at < len(ARCHIVE) else 0
-
-
-def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setattr(urllib.request, "urlopen", Body)
-    owt("y", "--val_share=.3")
-    assert sorted(itertools.chain(*bins("y").values())) == sorted(DOCUMENTS * 21)
-    for status, end, n in (206, 9000, 5), (200, 10 ** 9, 0):
-        waits.clear()
-        Body.status, Body.end = status, end
-        assert re.search("stopped at https.*00.tar .*no part of a file, or stopped in the middle", refused(
-            "prepare_openwebtext.py", "--dataset=z"))
-        assert len(waits) == n                              # five breaks in a row are too many
-
-
 @pytest.mark.parametrize("argv, words", [
     ("shakespeare empty.txt", r"0 \+ 0 characters"), ("shakespeare bytes.txt", "be read as UTF-8"),
     ("shakespeare a.txt", " 1 kinds"), ("shakespeare rich.txt", " 65568 kinds"),
-    ("shakespeare none.txt", "none.txt can't be read"),
-    ("shakespeare abc.txt --val empty.txt", r"\+ 0 characters"),
     ("shakespeare abc.txt --like gpt2", "gpt2 has no characters"),
     ("shakespeare abc.txt --vocab_size 9", "11 kinds, for 2 to 9 tokens"),
     ("shakespeare abc.txt --vocab_size 99", "99: this text gives 1. at most"),
@@ -376,10 +332,9 @@ def test_a_download_goes_on_where_the_connection_broke(owt, monkeypatch):
     ("openwebtext some.doc", "some.doc is neither a file"),
     ("openwebtext empty.txt", "0 tokens to train on, 0 to validate"),
     ("openwebtext abc.txt --val empty.txt", "0 to validate"),
-    ("openwebtext abc.txt --val_share=5", "must lie between 0 and 1"),
+    ("openwebtext http://127.0.0.1:9/a.tar", "stopped at http://127.0.0.1:9/a.tar .URLError.* goes on from there"),
     ("openwebtext abc.txt --dataset abc", "abc is finished"),
-    ("openwebtext abc.txt --dataset torn", "stopped at data/torn .JSONDecodeError"),
-    ("openwebtext abc.txt --dataset busy", "data/busy is being prepared by another process")])
+    ("openwebtext abc.txt --dataset torn", "stopped at data/torn .JSONDecodeError")])
 def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, argv, words):
     put({"some.doc": "", "bytes.txt": b"\xff\xfe\0", "a.txt": "a" * 12,
          "wide.txt": "some text ééü", "rich.txt": "".join(map(chr, range(0x10000, 0x20020)))})

@@ -2,7 +2,6 @@
 
     pip install transformers==5.24.0 && python -m pytest test_roberta.py
 """
-import copy
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 import optim
 from data import Tokenizer, load_checkpoint
 from diffusion import load_model
-from test_tools import call_in, put, refused, script, send, torchrun
+from test_tools import call_in, put, refused, script, send
 
 transformers = pytest.importorskip("transformers", reason="RoBERTa's oracle: pip install transformers==5.24.0")
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -48,7 +47,6 @@ def work(tmp_path_factory):
         max_position_embeddings=514, type_vocab_size=2, layer_norm_eps=1e-5)).eval()
     for p in roberta.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    roberta.half().float()                  # float16 holds these weights without loss
     roberta.save_pretrained("hf")
 
     theirs = torch.full((MASK + 1,), 50264)
@@ -91,13 +89,10 @@ def test_other_files_give_the_same_weights_and_pickles_are_not_executed(work):
     script("prepare_roberta.py", "other", "--out_dir=bin")
     put({"other/pytorch_model.bin": b"cos\nmkdir\n(S'executed'\ntR."})
     assert re.search("pytorch_model.bin isn't of .*UnpicklingError", refused(
-        "prepare_roberta.py", "other", "--out_dir=half"))
+        "prepare_roberta.py", "other", "--out_dir=code"))
     assert not os.path.exists("executed")
-    copy.deepcopy(work[0]).half().save_pretrained("other")
-    script("prepare_roberta.py", "other", "--out_dir=half")
-    for name in "bin", "half":
-        weights = load_checkpoint(f"{name}/model.pt")["model"]
-        assert all(torch.equal(first[key], weights[key]) for key in first)
+    weights = load_checkpoint("bin/model.pt")["model"]
+    assert all(torch.equal(first[key], weights[key]) for key in first)
     assert "is there already" in refused("prepare_roberta.py", "hf")
     assert "can't be written" in refused("prepare_roberta.py", "hf", "--out_dir=hf/vocab.json")
 
@@ -130,26 +125,11 @@ def test_training_lowers_the_loss_keeps_the_bias_and_goes_on_exactly(work, dtype
     for name in "model", "ema":
         assert all(torch.equal(whole[name][key], parts[name][key]) for key in before["model"])
         assert torch.equal(whole[name]["bias"], before["model"]["bias"])
-    config = before["config"]
-    assert config["adam_lr"] == 1e-4 and config["block_size"] == 512
     capsys.readouterr()
     script("sample.py", f"--out_dir={dtype}", f"--dtype={dtype}", "--text=The {8} of{3}.", "--num_samples=2",
            "--steps=4")
     texts = capsys.readouterr().out.split("\n" + 80 * "-" + "\n")
     assert len(texts) == 2 and all(re.fullmatch("(?s)The .* of.*\\.\n?", text) for text in texts)
-
-
-def test_two_processes_do_what_one_does(work):
-    script("train.py", *SMALL, "--out_dir=one")
-    run = torchrun(2, *SMALL, "--out_dir=two")
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err[-2000:]
-    one, two = (load_checkpoint(f"{name}/ckpt.pt")["model"] for name in ("one", "two"))
-    for key, a in one.items():
-        b = two[key]
-        if key.endswith("in_proj_bias"):    # that of keys changes nothing: its gradient is but rounding, by
-            a[32:64] = b[32:64]             # which Adam takes steps of a whole size
-        assert (a - b).abs().max() < 1e-5, key
 
 
 def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monkeypatch):
@@ -169,16 +149,12 @@ def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monke
 @pytest.mark.parametrize("words, name, value", [
     ("config.json isn't of a RoBERTa .*FileNotFound", "config.json", None),
     ("vocab.json isn't of a RoBERTa .*FileNotFound", "vocab.json", None),
-    ("pytorch_model.bin isn't of .*FileNotFound", "model.safetensors", None),
     ("config.json isn't of .*KeyError..model_type", "config.json", "{}"),
     ("vocab.json isn't of .*KeyError..!", "vocab.json", "{}"),
-    ("vocab.json isn't of .*JSONDecodeError", "vocab.json", 1000),
-    *(("model.safetensors isn't of a RoBERTa", "model.safetensors", size) for size in (0, 100, 6_000_000)),
-    ("model_type is 'bert'", "model_type", "bert"),
+    *(("model.safetensors isn't of a RoBERTa", "model.safetensors", size) for size in (0, 6_000_000)),
     ("model_type is 'xlm-roberta'", "model_type", "xlm-roberta"),
     ("layer_norm_eps is 1e-12", "layer_norm_eps", 1e-12),
     ("max_position_embeddings is 130", "max_position_embeddings", 130),
-    ("n_embd is 32: n_head 5", "num_attention_heads", 5),
     ("holds roberta.encoder.layer.1.*take both", "num_hidden_layers", 1),
     ("KeyError..roberta.encoder.layer.2", "num_hidden_layers", 3),
     ("weights in bad/model.safetensors don't fit", "hidden_size", 64),

@@ -71,8 +71,10 @@ saving = master and not cfg.eval_only
 A, B, T = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
 if A % world:
     fail(f"gradient_accumulation_steps is {A}: it must be a multiple of the {world} processes")
+if cfg.n_embd % (2 * cfg.n_head):
+    fail(f"n_embd is {cfg.n_embd}: n_head {cfg.n_head} needs a multiple of {2 * cfg.n_head}")
 if world > 1:
-    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in cfg.device else "gloo")
+    dist.init_process_group()               # gloo for what is on CPUs, NCCL for what is on GPUs
 
 
 def say(text):
@@ -119,13 +121,10 @@ def my_share(n):
 
 # ---- data
 
-vocab_size = {"shakespeare": None, "characters": 0}     # None: what prepare_shakespeare.py takes
-if cfg.dataset in vocab_size and master and not os.path.exists(f"data/{cfg.dataset}"):
-    prepare_shakespeare.prepare(cfg.dataset, vocab_size=vocab_size[cfg.dataset])
+if master:
+    prepare_shakespeare.first_use(cfg.dataset)
 total(torch.zeros(1))                       # the other processes wait here until it is prepared
 meta, splits = load_data(cfg.dataset, T)
-if cfg.dataset == "shakespeare" and "settings" not in meta:
-    say("data/shakespeare is of an older version, which took characters: delete it, and strings take their place")
 tokenizer = Tokenizer(meta)
 
 
@@ -206,10 +205,7 @@ def evaluate():
         bounds[i] = ema.nelbo(*batch("val", t, i)).mean()
     total(bounds)
     nelbo = bounds.mean().item()
-    se = bounds.std().item() / cfg.eval_iters ** 0.5
-    if not math.isfinite(nelbo):
-        fail(f"bound {nelbo} at step {step}: lower learning_rate; that isn't saved")
-
+    se = bounds.std() / cfg.eval_iters ** 0.5
     n = max(1, cfg.eval_iters // 8)         # batches for each row
     names = list(ema.measures(*batch("val", torch.rand(B), 0)))
     rows = torch.zeros(len(LEVELS), len(names), dtype=torch.float64)
@@ -227,7 +223,7 @@ def report(nelbo, se, names, rows):
         per_char = nelbo * meta["val_tokens"] / meta["val_chars"]
         line += f", {per_char:.4f} nats/char, {per_char / math.log(2):.3f} bits/char"
     if tokenizer.chars is None:
-        line += f", perplexity <= {math.exp(nelbo):.2f}"
+        line += f", perplexity <= {np.exp(nelbo):.2f}"
     say(line)
     say("     t" + "".join(f"{name:>15}" for name in names))
     for t, row in zip(LEVELS, rows):
@@ -246,26 +242,19 @@ def show_samples(n):
 # ---- training
 
 
-def lr_scale(step):
-    """A linear warm-up, then the full rate, then a linear decay to zero over the last 60 % of the steps."""
-    warmup = (step + 1) / max(1, cfg.warmup_iters)
-    decay = (cfg.max_iters - step) / (0.6 * cfg.max_iters)
-    return min(1, warmup, decay)
-
-
 def save(nelbo=math.inf):
     """Whether it could write ckpt.pt and log.csv, and model.pt if nelbo is the lowest bound so far.
 
     A save that fails doesn't end the run, since the next evaluation tries again.
     """
     about = {"config": kept, "meta": meta, "step": step, "val_batches": val_batches}
-    states = [optimizer.state_dict() for optimizer in optimizers]
     if not all(p.isfinite().all() for p in model.parameters()):
         say(f"the weights at step {step} aren't finite, so they aren't saved: lower learning_rate")
         return False
     try:
         save_checkpoint(ckpt_path, about | {
-            "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": states, "log": log})
+            "model": model.state_dict(), "ema": ema.state_dict(), "log": log,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         best = load_checkpoint(model_path) if os.path.exists(model_path) else {"nelbo": math.inf}
         if nelbo < best["nelbo"] or nelbo < math.inf and best["val_batches"] != val_batches:
             save_checkpoint(model_path, about | {"model": ema.state_dict(), "nelbo": nelbo})
@@ -278,28 +267,33 @@ def save(nelbo=math.inf):
 
 
 losses = []                                 # of the micro-batches since the last look, on the device
-train_loss = log.get(step, ",").split(",")[1]           # their mean; nothing where no step was taken
+train_loss = ""                             # their mean; nothing where no step was taken
 saved = True                                # whether the last attempt to save worked
 # a terminal shows the bar; elsewhere, as in a log file, it is printed once a minute
 in_terminal = sys.stderr.isatty()
-bar = tqdm(initial=step, total=cfg.max_iters, unit=" tokens", unit_scale=A * B * T,
-           file=sys.stderr if saving and in_terminal else nowhere)
+bar = tqdm(initial=step, total=cfg.max_iters, file=sys.stderr if saving and in_terminal else nowhere,
+           unit=" tokens", unit_scale=A * B * T)
 printed = time.time()
 try:
     while True:
-        if step % cfg.eval_interval == 0 or step >= cfg.max_iters or cfg.eval_only:
+        last = step >= cfg.max_iters or cfg.eval_only
+        if step % cfg.eval_interval == 0 or last:
             nelbo, se, names, rows = evaluate()
-            log[step] = f"{step},{train_loss},{nelbo:.4f},{se:.4f}\n"
+            log.setdefault(step, f"{step},{train_loss},{nelbo:.4f},{se:.4f}\n")
             if saving:
                 saved = save(nelbo)                     # before printing, which may fail
             report(nelbo, se, names, rows)
             if saving:
-                show_samples(4 if step >= cfg.max_iters else 1)
-        if step >= cfg.max_iters or cfg.eval_only:
+                show_samples(4 if last else 1)
+        if last:
             break
 
+        # the rates: a linear warm-up, then the full ones, then a linear decay to zero over the last 60 % of the steps
+        warmup = (step + 1) / max(1, cfg.warmup_iters)
+        decay = (cfg.max_iters - step) / (0.6 * cfg.max_iters)
         for optimizer, lr in zip(optimizers, (cfg.learning_rate, cfg.adam_lr)):
-            optimizer.param_groups[0]["lr"] = lr * lr_scale(step)
+            optimizer.param_groups[0]["lr"] = lr * min(1, warmup, decay)
+
         rng = np.random.default_rng((1, cfg.seed, step))
         t = times(rng, A, B, bell=True)                                         # (A, B)
         for m in my_share(A):
