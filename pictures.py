@@ -47,8 +47,8 @@ def animation(states, wrap=64, seconds=0.12, hold=3):
     for i, styled in enumerate(pictures):
         columns = []                        # of each: its character and style. A token takes as many as in the end
         for (text, style), last in zip(styled, room):
-            width = len(last)
-            columns += [(c, style) for c in text[:width].ljust(width)]
+            n = len(last)
+            columns += [(c, style) for c in text[:n].ljust(n)]
         frames += f'<g transform="translate(0 {i * height})">'
         for y, (start, end) in enumerate(lines):
             frames += f'<text x="9" y="{20 * y + 24}">'

@@ -154,7 +154,6 @@ def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monke
     *(("model.safetensors isn't of a RoBERTa", "model.safetensors", size) for size in (0, 6_000_000)),
     ("model_type is 'xlm-roberta'", "model_type", "xlm-roberta"),
     ("layer_norm_eps is 1e-12", "layer_norm_eps", 1e-12),
-    ("max_position_embeddings is 130", "max_position_embeddings", 130),
     ("holds roberta.encoder.layer.1.*take both", "num_hidden_layers", 1),
     ("KeyError..roberta.encoder.layer.2", "num_hidden_layers", 3),
     ("weights in bad/model.safetensors don't fit", "hidden_size", 64),
