@@ -72,6 +72,7 @@ class Config:
     n_layer: positive = 3
     n_head: positive = 3
     n_embd: positive = 192                      # channels: an even number for each head
+    qk_norm: truth = False                      # normalised queries and keys: attention of large models stays in bounds
     dropout: not_all = 0.0
     learning_rate: amount = 0.01                # of Muon, for the matrices of the own net's blocks
     adam_lr: amount = 0.005                     # of AdamW, for everything else

@@ -426,8 +426,7 @@ class Embed(nn.Module):
 
         if known.all():
             return
-        levels = [noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)]
-        levels = torch.tensor(levels, device=x.device)
+        levels = torch.tensor([noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
         e0 = None
         for t, s in pairwise(levels):                   # from level t to a lower one, s
             now = t.expand(len(z))                                              # (B,)

@@ -63,6 +63,7 @@ class Block(nn.Module):
         C = cfg.n_embd
         self.n_head = cfg.n_head
         self.dropout = nn.Dropout(cfg.dropout)
+        self.qk_norm = norm if cfg.qk_norm else nn.Identity()
         self.qkv = Linear(C, 3 * C)
         self.proj = Linear(C, C, zero=True)
         self.up = Linear(C, 4 * C)
@@ -74,9 +75,10 @@ class Block(nn.Module):
         heads = self.qkv(x).view(B, T, 3 * H, C // H)
         heads = heads.transpose(1, 2)                                           # (B, 3 H, T, C / H)
         q, k, v = heads.chunk(3, dim=1)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        q = rotate(self.qk_norm(q), cos, sin)
+        k = rotate(self.qk_norm(k), cos, sin)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal)
         y = y.transpose(1, 2)                                                   # (B, T, H, C / H)
         y = y.reshape(B, T, C)
         return self.proj(y)

@@ -57,7 +57,7 @@ def configure_optimizers(model, cfg):
     adamw = torch.optim.AdamW(
         others, lr=cfg.adam_lr, betas=(0.9, 0.95),
         weight_decay=0, fused=True)
-    return [muon, adamw]
+    return muon, adamw
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def show(before, state):
     time.sleep(0.05)
 
 
-def animation(states, wrap=64, seconds=0.12, hold=3):
+def animation(states):
     """An SVG of the states and of the settled text: a film strip that goes up by one picture at a time.
 
     Tokens keep the columns that they take in the last picture. The film rests on that one, and stays there
@@ -40,7 +40,7 @@ def animation(states, wrap=64, seconds=0.12, hold=3):
     states = [*states, (texts, [text != "·" for text in texts])]                # · is no text
     pictures = [picture(old, new) for old, new in zip([states[0], *states], states)]
     room = [text for text, _ in pictures[-1]]
-    lines = [line.span() for line in re.finditer(rf".{{1,{wrap}}}\n?|\n", "".join(room))]
+    lines = [line.span() for line in re.finditer(r".{1,64}\n?|\n", "".join(room))]
     width = 8.5 * max(end - start for start, end in lines) + 35
     height = 20 * len(lines) + 20
     frames = ""
@@ -57,14 +57,13 @@ def animation(states, wrap=64, seconds=0.12, hold=3):
                 frames += f'<tspan class="{style}">{escape(text)}</tspan>'
             frames += "</text>"
         frames += "</g>\n"
-    up = i * height
-    run = i * seconds
-    loop = run + hold
+    run = 0.12 * i                          # seconds
+    loop = run + 3
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"
 height="{height}"><style>text {{ font: 14px Menlo, Consolas, DejaVu Sans Mono, monospace; white-space: pre }}
 rect {{ fill: #fff }} .noise {{ fill: #8c959f }} .new {{ fill: #1a7f37 }} .settled {{ fill: #1f2328 }}
 @media (prefers-color-scheme: dark) {{ rect {{ fill: #111}} .new {{ fill: #3b5 }} .settled {{ fill: #eee }} }}
 @media not (prefers-reduced-motion) {{ .film {{ animation: f {loop:.2f}s steps({i}) infinite }} }}
-@keyframes f {{ 0% {{ transform: none }} {100 * run / loop:.3f}%, to {{ transform: translateY(-{up}px) }} }}
+@keyframes f {{ 0% {{ transform: none }} {100 * run / loop:.3f}%, to {{ transform: translateY(-{i * height}px) }} }}
 </style><rect width="100%" height="100%" rx="6"/><g class="film" xml:space="preserve"
-transform="translate(0 -{up})">{frames}</g></svg>\n"""
+transform="translate(0 -{i * height})">{frames}</g></svg>\n"""

@@ -497,9 +497,10 @@ def test_network_sees_all_places_their_order_and_the_time():
 def test_rotary_positions_tell_distances_and_nothing_else(monkeypatch):
     seen = []
     monkeypatch.setattr(model, "rotate", lambda *args: seen.append(args) or rotate(*args))
-    build("masked", 11).net(torch.randn(1, 16, 32), torch.tensor([0.3]))
+    build("masked", 11, qk_norm=True).net(torch.randn(1, 16, 32), torch.tensor([0.3]))
     assert len(seen) == 4                                   # queries and keys of two layers
     x, *angle = seen[0]
+    assert x.norm(dim=-1).std() < 1e-4                      # normalised
     y = rotate(x[:, :, :1].expand_as(x), *angle)            # the same vector at each position
     scores = y @ y.mT
     assert torch.allclose(scores[..., 1:, 1:], scores[..., :-1, :-1], atol=1e-4)

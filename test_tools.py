@@ -116,7 +116,6 @@ def test_settings_come_from_defaults_then_the_file_then_flags(here):
     put({"c.py": "learning_rate = 1  # an int is a float\nn_layer = 12 // 2\nseed = 3\n_hidden = 5\n"})
     cfg = load(Config, ["--seed=9", "c.py", "--eval_only", "--compile", "False", "--out_dir", "a b"])
     assert cfg == Config(learning_rate=1.0, n_layer=6, seed=9, eval_only=True, compile=False, out_dir="a b")
-    assert load(SampleConfig, ["--text=12"]).text == "12"
     loaded = {os.path.basename(path): load(Config, [path]) for path in glob.glob(f"{HERE}/config/*.py")}
     assert len(loaded) > 4 and loaded["shakespeare_cpu.py"] == Config()         # the default
 
@@ -493,7 +492,6 @@ def test_training_refuses_what_it_cannot_use(here, broken, flags, words):
     "--text=empty.txt": "is empty",
     "--text=abcd --length=3": "4 tokens .* pass --length=5",
     "--edit=abc --length=30": "3 tokens .* pass --length=3",
-    "--text=a{b}": "a brace is doubled",
     "--eta=0.5": "eta is 0.5, but masked diffusion has no such setting",
     "--svg=nowhere/a.svg": "nowhere/a.svg' can't be written",
 }.items())

@@ -57,8 +57,7 @@ for path in ckpt_path, model_path:
     if os.path.exists(path) and not resume and not cfg.eval_only:
         fail(f"{path} is of another run: go on with {go_on}, pass another --out_dir, or delete it")
 # what checkpoints keep, before hardware() decides what "auto" means on this machine
-of_this_run = "out_dir", "init_from", "eval_only"
-kept = {name: value for name, value in vars(cfg).items() if name not in of_this_run}
+kept = {name: value for name, value in vars(cfg).items() if name not in ("out_dir", "init_from", "eval_only")}
 cfg = hardware(cfg)
 
 # ---- processes: one alone, or one of many under torchrun
@@ -183,12 +182,12 @@ if cfg.compile:
 net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
 n_params = sum(p.numel() for p in model.parameters())
-n_train = len(splits["train"])
 say(f"{cfg.process} diffusion on {cfg.device} x {world}, {cfg.dtype}{', compiled' * cfg.compile}: "
     f"{n_params / 1e6:.2f} M parameters\n"
-    f"data/{cfg.dataset}: {n_train:,} tokens to train on, {len(splits['val']):,} to validate, "
+    f"data/{cfg.dataset}: {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate, "
     f"vocabulary {tokenizer.V:,}; source: {meta['source']}\n"
-    f"a step is {A * B * T:,} tokens; {cfg.max_iters:,} steps are {cfg.max_iters * A * B * T / n_train:.1f} epochs")
+    f"a step is {A * B * T:,} tokens; {cfg.max_iters:,} steps are "
+    f"{cfg.max_iters * A * B * T / len(splits['train']):.1f} epochs")
 
 # ---- evaluation: the averaged weights, on the same crops and noise each time, dealt to all processes
 

@@ -25,6 +25,7 @@ block_size = 1024
 n_layer = 12
 n_head = 12
 n_embd = 768
+qk_norm = True
 learning_rate = 0.01
 adam_lr = 0.002
 max_iters = 200_000

@@ -12,6 +12,7 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384
+qk_norm = True
 dropout = 0.1
 max_iters = 20_000
 eval_interval = 1_000
