@@ -4,7 +4,7 @@ A GPT block, with these differences:
 - no causal mask: every position sees every other one;
 - half of what an MLP reads stands at the two positions to the left and the two to the right, see look_aside();
 - the time enters each layer as shift, scale and gate (adaLN-single: PixArt-alpha, arXiv:2310.00426, 2.3);
-- rotary positions, RMSNorm without gains, ReLU^2, no biases;
+- rotary positions, RMSNorm without gains (of queries and keys, too, with qk_norm), ReLU^2, no biases;
 - projections back into the residual stream start at zero, so that every layer starts as the identity;
 - weights are float32 and are cast where they are used, so bfloat16 needs no autocast.
 """

@@ -57,13 +57,12 @@ def animation(states):
                 frames += f'<tspan class="{style}">{escape(text)}</tspan>'
             frames += "</text>"
         frames += "</g>\n"
-    run = 0.12 * i                          # seconds
-    loop = run + 3
+    loop = 0.12 * i + 3                     # seconds: of a picture, and of rest on the last one
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"
 height="{height}"><style>text {{ font: 14px Menlo, Consolas, DejaVu Sans Mono, monospace; white-space: pre }}
 rect {{ fill: #fff }} .noise {{ fill: #8c959f }} .new {{ fill: #1a7f37 }} .settled {{ fill: #1f2328 }}
 @media (prefers-color-scheme: dark) {{ rect {{ fill: #111}} .new {{ fill: #3b5 }} .settled {{ fill: #eee }} }}
 @media not (prefers-reduced-motion) {{ .film {{ animation: f {loop:.2f}s steps({i}) infinite }} }}
-@keyframes f {{ 0% {{ transform: none }} {100 * run / loop:.3f}%, to {{ transform: translateY(-{i * height}px) }} }}
+@keyframes f {{ 0% {{ transform: none }} {12 * i / loop:.3f}%, to {{ transform: translateY(-{i * height}px) }} }}
 </style><rect width="100%" height="100%" rx="6"/><g class="film" xml:space="preserve"
 transform="translate(0 -{i * height})">{frames}</g></svg>\n"""

@@ -157,7 +157,7 @@ val_batches = [meta["checksum"], B, T, cfg.eval_iters]
 
 if ckpt:
     was = ckpt["config"]
-    changes = [f"{name} {value} (was {was[name]})" for name, value in kept.items() if value != was[name]]
+    changes = [f"{name} {value} (was {was[name]})" for name, value in kept.items() if value != was.get(name, value)]
     if resume and ckpt["meta"] != meta:
         changes.append(f"data/{cfg.dataset} is not the same")
     say(f"settings are those of {start}, step {ckpt['step']}{', but ' * bool(changes)}{', '.join(changes)}")
