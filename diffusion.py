@@ -50,8 +50,8 @@ def times(rng, n_micro, B, bell=False):
         u = 0.5 + 0.2 * torch.special.ndtri(tail + (1 - 2 * tail) * u)
     # deal the grid out like cards, so that each micro-batch sees all levels; then shuffle each hand
     hands = u.view(B, n_micro).T
-    hands = rng.permuted(hands.numpy(), axis=1)
-    return torch.from_numpy(hands).float()
+    shuffled = rng.permuted(hands.numpy(), axis=1)
+    return torch.from_numpy(shuffled).float()
 
 
 def highest(score, k):
@@ -278,8 +278,8 @@ class Embed(nn.Module):
         c and a come from CURVE, which was fitted to what characters and byte pairs cost: equal pieces of t
         carry about equal parts of the bound. h nats are decided around x = 2 h, so c grows with log V.
         """
-        c = self.CURVE[0] * math.log(self.V)
-        a = self.CURVE[1]
+        c, a = self.CURVE
+        c *= math.log(self.V)
         at_0, at_1 = ((1 + math.exp(end) / c) ** -a for end in self.ENDS)
         u = at_0 + (at_1 - at_0) * t
         x = c * (u ** (-1 / a) - 1)

@@ -57,7 +57,7 @@ def animation(states):
                 frames += f'<tspan class="{style}">{escape(text)}</tspan>'
             frames += "</text>"
         frames += "</g>\n"
-    loop = 0.12 * i + 3                     # seconds: of a picture, and of rest on the last one
+    loop = 0.12 * i + 3                     # seconds: .12 (12 % of one, below) for a picture, 3 of rest on the last
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"
 height="{height}"><style>text {{ font: 14px Menlo, Consolas, DejaVu Sans Mono, monospace; white-space: pre }}
 rect {{ fill: #fff }} .noise {{ fill: #8c959f }} .new {{ fill: #1a7f37 }} .settled {{ fill: #1f2328 }}

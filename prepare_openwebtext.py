@@ -178,13 +178,14 @@ def read(path, share):
             if at <= done["read"]:
                 continue
             broken = [item for item in batch if isinstance(item, bytes)]
-            parts = {"train.bin": b"", "val.bin": b"", "broken.txt": b"".join(broken)}
+            parts = {"train.bin": [], "val.bin": [], "broken.txt": broken}
             for text, ids in zip(texts, bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
                 # its digest decides where a text goes, so that all copies of it go to the same side
                 name = "val.bin" if digest(text) < share else "train.bin"
-                parts[name] += np.array([*ids, END], np.uint16).tobytes() if ids else b""
-            for name, raw in parts.items():
-                append(name, raw)
+                if ids:
+                    parts[name].append(np.array([*ids, END], np.uint16).tobytes())
+            for name, raws in parts.items():
+                append(name, b"".join(raws))
             done["read"] = at
             keep(done)
     if at and not right:

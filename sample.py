@@ -123,8 +123,8 @@ for done in range(0, cfg.num_samples, n_at_once):
             film.append((texts, certainty[0].tolist()))
             if watch:
                 show(film[-2:][0], film[-1])
-    for i, row in enumerate(x.tolist(), start=done):
-        if i > 0:
+    for i, row in enumerate(x.tolist(), done):
+        if i:
             print("-" * 80)
         print(tokenizer.decode(row), flush=True)
 if film:

@@ -58,7 +58,7 @@ for path in ckpt_path, model_path:
         fail(f"{path} is of another run: go on with {go_on}, pass another --out_dir, or delete it")
 # what checkpoints keep, before hardware() decides what "auto" means on this machine
 kept = {name: value for name, value in vars(cfg).items() if name not in ("out_dir", "init_from", "eval_only")}
-cfg = hardware(cfg)
+hardware(cfg)
 
 # ---- processes: one alone, or one of many under torchrun
 
@@ -266,7 +266,7 @@ def save(nelbo=math.inf):
 
 
 losses = []                                 # of the micro-batches since the last look, on the device
-train_loss = ""                             # their mean; nothing where no step was taken
+train_loss = log.get(step, ",").split(",")[1]           # their mean; nothing where no step was taken
 saved = True                                # whether the last attempt to save worked
 # a terminal shows the bar; elsewhere, as in a log file, it is printed once a minute
 in_terminal = sys.stderr.isatty()
@@ -278,7 +278,7 @@ try:
         last = step >= cfg.max_iters or cfg.eval_only
         if step % cfg.eval_interval == 0 or last:
             nelbo, se, names, rows = evaluate()
-            log.setdefault(step, f"{step},{train_loss},{nelbo:.4f},{se:.4f}\n")
+            log[step] = f"{step},{train_loss},{nelbo:.4f},{se:.4f}\n"
             if saving:
                 saved = save(nelbo)                     # before printing, which may fail
             report(nelbo, se, names, rows)
