@@ -14,7 +14,7 @@ for training, the last tenth of all tokens is for validation, wherever in a docu
 left there, so that here, too, no document of validation has a copy in train.bin.
 
 Stopped anywhere, by Ctrl-C, a crash or a full disk, the same command goes on, to the same bytes: after each 128
-documents progress.json notes which file is read, how many of its documents are done, and the sizes of what is
+documents meta.json notes which file is read, how many of its documents are done, and the sizes of what is
 written. Each file from the network is downloaded as a whole before it is read; for a connection that breaks now
 and then: until python prepare_openwebtext.py; do sleep 60; done
 """
@@ -121,10 +121,10 @@ for given in [*args.input, *args.val]:
     for path in paths:
         sources[os.path.realpath(path)] = path, 1 if given in args.val else share
 
-# ---- the journal in progress.json: how far it was at some moment, and the sizes that the files had then
+# ---- until all is done, meta.json is a journal: how far it was at some moment, and the sizes that the files had then
 
 path = folder = Path("data", args.dataset)
-journal, meta_path = folder / "progress.json", folder / "meta.json"
+meta_path = folder / "meta.json"
 
 
 def digest(text):
@@ -133,24 +133,25 @@ def digest(text):
     return int(hashlib.sha256(raw).hexdigest(), 16) / 2 ** 256
 
 
-FILES = "train.bin", "val.bin", "broken.txt"            # the last one names the broken lines
 begin = {"settings": digest(f"{args.field} {[*sources.values()]}"),
-         "sources": 0, "read": 0} | dict.fromkeys(FILES, 0)
-done = dict(begin)                                      # sources that are done; of the next one, documents
+         "sources": 0, "read": 0,                       # sources that are done; of the next one, documents
+         "train.bin": 0, "val.bin": 0, "broken.txt": 0}                         # the last one names the broken lines
+done = dict(begin)
 
 
-def keep(state):
-    """Writes the journal: a command that is stopped from now on goes on from state."""
-    part = folder / "progress.tmp"
-    part.write_text(json.dumps(state))
-    os.replace(part, journal)
+def keep(meta):
+    """Writes meta.json: a command that is stopped from now on goes on from there."""
+    part = folder / "meta.tmp"
+    part.write_text(json.dumps(meta, indent=1))
+    os.replace(part, meta_path)
 
 
 def append(name, raw):
-    """Writes bytes to a file, which has the size that the journal says, unless another process writes, too."""
+    """Writes bytes to a file, behind what the journal knows: what else is there will be written again."""
     with open(folder / name, "ab") as file:
-        if file.tell() != done[name]:
-            fail(f"{file.name} was changed by another process: wait until that has finished")
+        if file.tell() < done[name]:
+            fail(f"{file.name} is shorter than meta.json says: delete {folder}, or name another --dataset")
+        file.truncate(done[name])
         file.write(raw)
     done[name] += len(raw)
 
@@ -158,18 +159,14 @@ def append(name, raw):
 # ---- tokens
 
 
-def opened(path):
-    """A file, open to be read; what has an address is downloaded before."""
-    if "://" in path:
-        with tqdm(desc=path, unit="B", unit_scale=True, leave=False) as bar:
-            path, _ = urlretrieve(path, folder / "download", lambda n, size, _: bar.update(n * size - bar.n))
-    return open(path, "rb")
-
-
 def read(path, share):
-    """Encodes what a file holds, behind what was done of it before."""
+    """Encodes what a file, or what is downloaded from an address, holds behind what was done of it before."""
     at = right = 0
-    with opened(path) as stream:
+    local = path
+    if "://" in path:
+        print(f"downloading {path}")
+        local, _ = urlretrieve(path, folder / "download")
+    with open(local, "rb") as stream:
         found = iter(tqdm(documents(path, stream), path, unit=" documents", leave=False, delay=1))
         while batch := list(islice(found, 128)):        # no more than this in memory
             texts = [item for item in batch if isinstance(item, str)]
@@ -178,14 +175,14 @@ def read(path, share):
             if at <= done["read"]:
                 continue
             broken = [item for item in batch if isinstance(item, bytes)]
-            parts = {"train.bin": [], "val.bin": [], "broken.txt": broken}
+            parts = {"train.bin": b"", "val.bin": b"", "broken.txt": b"".join(broken)}
             for text, ids in zip(texts, bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
                 # its digest decides where a text goes, so that all copies of it go to the same side
                 name = "val.bin" if digest(text) < share else "train.bin"
                 if ids:
-                    parts[name].append(np.array([*ids, END], np.uint16).tobytes())
-            for name, raws in parts.items():
-                append(name, b"".join(raws))
+                    parts[name] += np.array([*ids, END], np.uint16).tobytes()
+            for name, raw in parts.items():
+                append(name, raw)
             done["read"] = at
             keep(done)
     if at and not right:
@@ -200,46 +197,35 @@ def last_tenth():
     once = {text.tobytes(): text for text in texts}
     ids = np.concatenate([*once.values()])
     keep(begin)                                         # stopped from here on, it reads all files again
-    for name, part in zip(FILES, np.split(ids, [len(ids) * 9 // 10])):
+    for name, part in zip(("train.bin", "val.bin"), np.split(ids, [len(ids) * 9 // 10])):
         part.tofile(folder / name)
         done[name] = part.nbytes
 
 
 def finish():
-    """Writes meta.json, and says what there is."""
+    """Writes meta.json as train.py reads it, and says what there is."""
     n_train, n_val = done["train.bin"] // 2, done["val.bin"] // 2
     if not n_train or not n_val:
         fail(f"{folder} has {n_train} tokens to train on, {n_val} to validate: use another text, --dataset")
     # how many characters begin in each token: as many as it has bytes that don't go on with one
     begin_in = [sum(byte >> 6 != 2 for byte in bpe.decode_single_token_bytes(i)) for i in range(END)]
     counts = np.bincount(np.fromfile(folder / "val.bin", np.uint16), minlength=END)
-    meta = {"vocab_size": 50257, "source": ", ".join(args.input)[:200], "train_tokens": n_train,
-            "val_tokens": n_val, "val_chars": int(counts[:END] @ begin_in)}
-    meta_path.write_text(json.dumps(meta, indent=1), "utf-8")
     (folder / "download").unlink(missing_ok=True)
-    journal.unlink()                                    # stopped before, the same command comes back here
+    keep({"vocab_size": 50257, "source": ", ".join(args.input)[:200], "train_tokens": n_train,
+          "val_tokens": n_val, "val_chars": int(counts[:END] @ begin_in)})
     print(f"{folder}: {n_train:,} tokens to train on, {n_val:,} to validate")
     broken = (folder / "broken.txt").read_text("utf-8").splitlines()
     if broken:
         print(f"{len(broken):,} broken lines were skipped, see {folder}/broken.txt: {'; '.join(broken[:5])}")
-    else:
-        os.remove(folder / "broken.txt")
 
 
 try:
     bpe = Tokenizer({"vocab_size": 50257}).bpe
     folder.mkdir(parents=True, exist_ok=True)
-    if journal.exists():
-        done.update(json.loads(journal.read_text("utf-8")))
-    elif meta_path.exists():
-        fail(f"{folder} is finished: name another --dataset")
-    if done["settings"] != begin["settings"]:
-        fail(f"{folder} is begun with other files or settings: name another --dataset")
-    for name in FILES:
-        with open(folder / name, "ab") as file:
-            if file.tell() < done[name]:
-                fail(f"{file.name} has lost a part of its content: delete {folder}, or name another --dataset")
-            file.truncate(done[name])                   # what is behind was written later, and is written again
+    if meta_path.exists():
+        done = json.loads(meta_path.read_text("utf-8"))
+    if done.get("settings") != begin["settings"]:
+        fail(f"{folder} is finished, or begun with other files or settings: name another --dataset")
     for path, share in [*sources.values()][done["sources"]:]:
         read(path, share)
         done.update(sources=done["sources"] + 1, read=0)

@@ -128,14 +128,13 @@ def joined(chars, text, size):
 
 def check(folder, settings):
     """Exits if folder holds what another text or other settings gave, or what isn't finished yet."""
-    if (folder / "progress.json").exists():
-        fail(f"{folder} is a data set that prepare_openwebtext.py hasn't finished: name another --dataset")
     try:
         old = json.loads((folder / "meta.json").read_text("utf-8"))
     except (OSError, ValueError):                       # there is none, or a part of one
         return
-    if old.get("settings") != settings and old["source"] != STAND_IN:
-        fail(f"{folder} holds {old['source']} as other settings gave it: name another --dataset")
+    source = old.get("source", "what prepare_openwebtext.py hasn't finished")
+    if old.get("settings") != settings and source != STAND_IN:
+        fail(f"{folder} holds {source}, made with other settings: name another --dataset")
 
 
 def write(path, text, tokenizer):
