@@ -30,12 +30,15 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rotate(x, cos, sin):
+def rotate(x, rotary):
     """Rotary positions (RoFormer, arXiv:2104.09864): turns pairs of channels by an angle for each position.
 
-    A pair (a, b), half the channels apart, becomes (a cos - b sin, b cos + a sin). The minus is in sin.
+    rotary (2, T, d) has their cosines and sines. A pair (a, b), half the d channels apart, becomes
+    (a cos - b sin, b cos + a sin). The minus is in sin.
     """
-    swapped = x.roll(x.size(-1) // 2, dims=-1)          # (b, a)
+    cos, sin = rotary
+    halves = x.unflatten(-1, (2, -1))
+    swapped = halves.flip(-2).flatten(-2)               # (b, a)
     return torch.addcmul(x * cos, swapped, sin)
 
 
@@ -69,16 +72,15 @@ class Block(nn.Module):
         self.up = Linear(C, 4 * C)
         self.down = Linear(4 * C, C, zero=True)
 
-    def attend(self, x, cos, sin):
+    def attend(self, x, rotary):
         B, T, C = x.shape
         H = self.n_head
         heads = self.qkv(x).view(B, T, 3 * H, C // H)
         heads = heads.transpose(1, 2)                                           # (B, 3 H, T, C / H)
         q, k, v = heads.chunk(3, dim=1)
-        q = rotate(self.qk_norm(q), cos, sin)
-        k = rotate(self.qk_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=self.causal)
+        q = rotate(self.qk_norm(q), rotary)
+        k = rotate(self.qk_norm(k), rotary)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         y = y.transpose(1, 2)                                                   # (B, T, H, C / H)
         y = y.reshape(B, T, C)
         return self.proj(y)
@@ -87,11 +89,11 @@ class Block(nn.Module):
         h = F.relu(self.up(x))
         return self.down(h * h)
 
-    def forward(self, x, mod, cos, sin):
+    def forward(self, x, mod, rotary):
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)            # (B, 1, C) each
         # torch.addcmul(a, b, c) is a + b * c, in one pass over the memory
         y = torch.addcmul(shift1, norm(x), scale1)
-        y = self.attend(y, cos, sin)
+        y = self.attend(y, rotary)
         x = torch.addcmul(x, self.dropout(y), gate1)
         y = torch.addcmul(shift2, norm(x), scale2)
         places = (2, 1) if self.causal else (2, 1, -1, -2)
@@ -114,7 +116,13 @@ class Transformer(nn.Module):
         identity = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])                 # shift, scale, gate; twice
         table = identity[:, None].repeat(cfg.n_layer, 1, C)
         self.table = nn.Parameter(table)                                        # (n_layer, 6, C)
-        self.d = C // cfg.n_head                                                # channels of a head
+        # the positions: an angle for each pair of channels of a head
+        d = C // cfg.n_head
+        turns = 10000 ** (-torch.arange(0, d, 2) / d)
+        angle = torch.outer(torch.arange(cfg.block_size), turns)
+        angle = torch.cat((-angle, angle), dim=1)                               # the minus is for rotate()
+        rotary = torch.stack((angle.cos(), angle.sin()))                        # (2, block_size, d)
+        self.register_buffer("rotary", rotary, persistent=False)                # made anew, not saved
 
     def modulation(self, t):
         """(B, n_layer, 6, 1, C): shift, scale and gate of attention and of the MLP in each layer, at t (B,)."""
@@ -128,15 +136,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, t):
         mod = self.modulation(t).to(self.dtype)
-        # the positions: an angle for each pair of channels of a head
-        places = torch.arange(x.size(1), device=x.device)
-        turns = 10000 ** (-torch.arange(0, self.d, 2, device=x.device) / self.d)
-        angle = torch.outer(places, turns)
-        angle = torch.cat((-angle, angle), dim=1)                               # (T, d): the minus is for rotate()
-        cos = angle.cos().to(self.dtype)
-        sin = angle.sin().to(self.dtype)
-        x = x.to(self.dtype)
-        x = norm(x)
+        rotary = self.rotary[:, :x.size(1)].to(self.dtype)                      # (2, T, d)
+        x = norm(x.to(self.dtype))
         for i, block in enumerate(self.blocks):
-            x = block(x, mod[:, i], cos, sin)
+            x = block(x, mod[:, i], rotary)
         return norm(x)
