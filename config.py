@@ -60,7 +60,7 @@ class Config:
     dataset: str = "shakespeare"                # data/<dataset>/ holds train.bin, val.bin and meta.json
     init_from: str = "scratch"                  # scratch, resume, auto (resume where ckpt.pt is), or a model.pt
     eval_only: truth = False                    # measures a model without training it
-    eval_interval: positive = 200               # steps from one evaluation to the next; each also saves
+    eval_interval: positive = 225               # steps from one evaluation to the next; each also saves
     eval_iters: number(int, 2) = 32             # batches of an evaluation, the same ones each time
     log_interval: positive = 10                 # steps from one look at the training loss to the next
     process: choice("masked", "embed") = "masked"   # which kind of noise
@@ -75,10 +75,10 @@ class Config:
     qk_norm: truth = False                      # normalised queries and keys: attention of large models stays in bounds
     dropout: not_all = 0.0
     learning_rate: amount = 0.01                # of Muon, for the matrices of the own net's blocks
-    adam_lr: amount = 0.005                     # of AdamW, for everything else
+    adam_lr: amount = 0.01                      # of AdamW, for everything else
     weight_decay: amount = 0.1                  # of Muon only
     grad_clip: amount = 1.0                     # longer gradients are shortened to this norm; 0: never
-    max_iters: count = 800                      # optimizer steps
+    max_iters: count = 900                      # optimizer steps
     warmup_iters: count = 50                    # the rates rise linearly at first; in the last 60 % they fall to 0
     ema_decay: not_all = 0.99                   # of the average of the weights, which is evaluated and sampled
     device: str = "auto"                        # cuda, cuda:1, mps, cpu; auto: the first of these there is

@@ -14,6 +14,7 @@ n_head = 6
 n_embd = 384
 qk_norm = True
 dropout = 0.1
+adam_lr = 0.005
 max_iters = 20_000
 eval_interval = 1_000
 ema_decay = 0.999
