@@ -19,10 +19,10 @@ written. Each file from the network is downloaded as a whole before it is read; 
 and then: until python prepare_openwebtext.py; do sleep 60; done
 """
 import glob
-import hashlib
 import io
 import json
 import os
+import random
 import re
 import tarfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -111,15 +111,15 @@ def documents(name, stream):
 # ---- the sources: path of each file, once, and the share of its documents that is for validation
 
 
-share = 0 if args.val else args.val_share
 sources = {}                                            # {real path: (path, share)}
 for given in [*args.input, *args.val]:
     paths = [given, *sorted(glob.glob(f"{glob.escape(given)}/**", recursive=True))]
     paths = [path for path in paths if READ.search(path) and ("://" in path or os.path.isfile(path))]
     if not paths:
         fail(f"{given} is neither a file nor a folder of files of a kind that is read: see --help")
+    share = 1 if given in args.val else 0 if args.val else args.val_share
     for path in paths:
-        sources[os.path.realpath(path)] = path, 1 if given in args.val else share
+        sources[os.path.realpath(path)] = path, share
 
 # ---- until all is done, meta.json is a journal: how far it was at some moment, and the sizes that the files had then
 
@@ -128,32 +128,21 @@ meta_path = folder / "meta.json"
 
 
 def digest(text):
-    """A number from 0 to 1, as if drawn, that no other text has."""
-    raw = text.encode("utf-8", "replace")
-    return int(hashlib.sha256(raw).hexdigest(), 16) / 2 ** 256
+    """A number from 0 to 1 as if drawn, but always the same one for a text, by its SHA-512."""
+    return random.Random(text.encode("utf-8", "replace")).random()
 
 
-begin = {"settings": digest(f"{args.field} {[*sources.values()]}"),
-         "sources": 0, "read": 0,                       # sources that are done; of the next one, documents
-         "train.bin": 0, "val.bin": 0, "broken.txt": 0}                         # the last one names the broken lines
-done = dict(begin)
+settings = digest(f"{args.field} {[*sources.values()]}")
+done = {"settings": settings,
+        "sources": 0, "read": 0,                        # sources that are done; of the next one, documents
+        "train.bin": 0, "val.bin": 0, "broken.txt": 0}  # the last one names the broken lines
 
 
 def keep(meta):
     """Writes meta.json: a command that is stopped from now on goes on from there."""
     part = folder / "meta.tmp"
     part.write_text(json.dumps(meta, indent=1))
-    os.replace(part, meta_path)
-
-
-def append(name, raw):
-    """Writes bytes to a file, behind what the journal knows: what else is there will be written again."""
-    with open(folder / name, "ab") as file:
-        if file.tell() < done[name]:
-            fail(f"{file.name} is shorter than meta.json says: delete {folder}, or name another --dataset")
-        file.truncate(done[name])
-        file.write(raw)
-    done[name] += len(raw)
+    part.replace(meta_path)
 
 
 # ---- tokens
@@ -174,15 +163,20 @@ def read(path, share):
             right += len(texts)
             if at <= done["read"]:
                 continue
-            broken = [item for item in batch if isinstance(item, bytes)]
-            parts = {"train.bin": b"", "val.bin": b"", "broken.txt": b"".join(broken)}
+            broken = b"".join(item for item in batch if isinstance(item, bytes))
+            parts = {"train.bin": b"", "val.bin": b"", "broken.txt": broken}
             for text, ids in zip(texts, bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
                 # its digest decides where a text goes, so that all copies of it go to the same side
                 name = "val.bin" if digest(text) < share else "train.bin"
                 if ids:
                     parts[name] += np.array([*ids, END], np.uint16).tobytes()
             for name, raw in parts.items():
-                append(name, raw)
+                with open(folder / name, "ab") as file:
+                    if file.tell() < done[name]:
+                        fail(f"{file.name} is shorter than meta.json says: delete {folder}, or name another --dataset")
+                    file.truncate(done[name])           # what is behind was written by a run that was stopped
+                    file.write(raw)
+                done[name] += len(raw)
             done["read"] = at
             keep(done)
     if at and not right:
@@ -196,7 +190,7 @@ def last_tenth():
     texts = np.split(ids, np.flatnonzero(ids == END) + 1)
     once = {text.tobytes(): text for text in texts}
     ids = np.concatenate([*once.values()])
-    keep(begin)                                         # stopped from here on, it reads all files again
+    meta_path.unlink()                                  # stopped from here on, it reads all files again
     for name, part in zip(("train.bin", "val.bin"), np.split(ids, [len(ids) * 9 // 10])):
         part.tofile(folder / name)
         done[name] = part.nbytes
@@ -209,7 +203,7 @@ def finish():
         fail(f"{folder} has {n_train} tokens to train on, {n_val} to validate: use another text, --dataset")
     # how many characters begin in each token: as many as it has bytes that don't go on with one
     begin_in = [sum(byte >> 6 != 2 for byte in bpe.decode_single_token_bytes(i)) for i in range(END)]
-    counts = np.bincount(np.fromfile(folder / "val.bin", np.uint16), minlength=END)
+    counts = np.bincount(np.fromfile(folder / "val.bin", np.uint16))            # END is the highest id there
     (folder / "download").unlink(missing_ok=True)
     keep({"vocab_size": 50257, "source": ", ".join(args.input)[:200], "train_tokens": n_train,
           "val_tokens": n_val, "val_chars": int(counts[:END] @ begin_in)})
@@ -221,17 +215,18 @@ def finish():
 
 try:
     bpe = Tokenizer({"vocab_size": 50257}).bpe
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     if meta_path.exists():
-        done = json.loads(meta_path.read_text("utf-8"))
-    if done.get("settings") != begin["settings"]:
+        done = json.loads(meta_path.read_bytes())
+    if done.get("settings") != settings:
         fail(f"{folder} is finished, or begun with other files or settings: name another --dataset")
-    for path, share in [*sources.values()][done["sources"]:]:
+    for path, share in islice(sources.values(), done["sources"], None):
         read(path, share)
-        done.update(sources=done["sources"] + 1, read=0)
-    path, n_val = folder, done["val.bin"]               # bytes, two a token
-    n = n_val + done["train.bin"]
-    if not args.val and not min(n / 100, 200_000) <= n_val <= n * (0.2 + 0.8 * args.val_share):
+        done["sources"] += 1
+        done["read"] = 0
+    path = folder
+    n = done["train.bin"] + done["val.bin"]             # bytes, two a token
+    if not args.val and not min(n / 100, 200_000) <= done["val.bin"] <= n * (0.2 + 0.8 * args.val_share):
         last_tenth()
     finish()
 except (Exception, KeyboardInterrupt) as e:  # noqa: BLE001 (each kind of packing has errors of its own)
