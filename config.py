@@ -75,7 +75,7 @@ class Config:
     qk_norm: truth = False                      # normalised queries and keys: attention of large models stays in bounds
     dropout: not_all = 0.0
     learning_rate: amount = 0.01                # of Muon, for the matrices of the own net's blocks
-    adam_lr: amount = 0.01                      # of AdamW, for everything else
+    adam_lr: amount = 0.007                     # of AdamW, for everything else
     weight_decay: amount = 0.1                  # of Muon only
     grad_clip: amount = 1.0                     # longer gradients are shortened to this norm; 0: never
     max_iters: count = 900                      # optimizer steps
