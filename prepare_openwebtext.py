@@ -132,10 +132,10 @@ def digest(text):
     return random.Random(text.encode("utf-8", "replace")).random()
 
 
+FILES = "train.bin", "val.bin", "broken.txt"            # the last one names the broken lines
 settings = digest(f"{args.field} {[*sources.values()]}")
 done = {"settings": settings,
-        "sources": 0, "read": 0,                        # sources that are done; of the next one, documents
-        "train.bin": 0, "val.bin": 0, "broken.txt": 0}  # the last one names the broken lines
+        "sources": 0, "read": 0} | dict.fromkeys(FILES, 0)      # sources that are done; of the next one, documents
 
 
 def keep(meta):
@@ -163,20 +163,20 @@ def read(path, share):
             right += len(texts)
             if at <= done["read"]:
                 continue
-            broken = b"".join(item for item in batch if isinstance(item, bytes))
-            parts = {"train.bin": b"", "val.bin": b"", "broken.txt": broken}
+            broken = [item for item in batch if isinstance(item, bytes)]
+            parts = {"train.bin": [], "val.bin": [], "broken.txt": broken}
             for text, ids in zip(texts, bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
                 # its digest decides where a text goes, so that all copies of it go to the same side
                 name = "val.bin" if digest(text) < share else "train.bin"
                 if ids:
-                    parts[name] += np.array([*ids, END], np.uint16).tobytes()
-            for name, raw in parts.items():
+                    parts[name].append(np.array([*ids, END], np.uint16))
+            for name, part in parts.items():
                 with open(folder / name, "ab") as file:
-                    if file.tell() < done[name]:
-                        fail(f"{file.name} is shorter than meta.json says: delete {folder}, or name another --dataset")
-                    file.truncate(done[name])           # what is behind was written by a run that was stopped
-                    file.write(raw)
-                done[name] += len(raw)
+                    if file.tell() != done[name]:
+                        fail(f"{file.name} was changed by another process, or lost a part of its content: "
+                             f"wait until that has finished, or delete {folder}")
+                    file.writelines(part)
+                    done[name] = file.tell()
             done["read"] = at
             keep(done)
     if at and not right:
@@ -191,7 +191,7 @@ def last_tenth():
     once = {text.tobytes(): text for text in texts}
     ids = np.concatenate([*once.values()])
     meta_path.unlink()                                  # stopped from here on, it reads all files again
-    for name, part in zip(("train.bin", "val.bin"), np.split(ids, [len(ids) * 9 // 10])):
+    for name, part in zip(FILES, np.split(ids, [len(ids) * 9 // 10])):
         part.tofile(folder / name)
         done[name] = part.nbytes
 
@@ -220,6 +220,9 @@ try:
         done = json.loads(meta_path.read_bytes())
     if done.get("settings") != settings:
         fail(f"{folder} is finished, or begun with other files or settings: name another --dataset")
+    for name in FILES:
+        with open(folder / name, "ab") as file:
+            file.truncate(min(file.tell(), done[name]))     # what is behind was written later, and is written again
     for path, share in islice(sources.values(), done["sources"], None):
         read(path, share)
         done["sources"] += 1

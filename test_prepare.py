@@ -34,7 +34,7 @@ CODE = "def f(x):\n\tif x != '\"':\r\n        return  {x: 'don''t', 0xff: \"世�
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in, with data/ of several kinds."""
     monkeypatch.chdir(tmp_path)
-    put({"abc.txt": "some text to learn", "empty.txt": "", "data/file": "", "data/torn/meta.json": "{",
+    put({"abc.txt": "some text to learn", "empty.txt": "", "data/file": "",
          "data/begun/meta.json": '{"sources": 1}', "data/half/meta.json": "{"})
     shakespeare("abc.txt", "abc")
     put({"data/gpt2/meta.json": '{"vocab_size": 50257, "source": "s", "train_tokens": 1, "val_tokens": 1}',
@@ -264,10 +264,18 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch, capsys, 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for place, name in (Path, "write_text"), (os, "replace"), (Path, "unlink"):
+    replace = os.replace
+
+    def another(*paths):                                # another process writes, too
+        replace(*paths)
+        put({"data/cut/train.bin": Path("data/cut/train.bin").read_bytes() + b"its"})
+
+    for place, name, what, said_then in (
+            (os, "replace", another, "by another process"), (Path, "write_text", stop, "KeyboardInterrupt"),
+            (Path, "unlink", stop, "KeyboardInterrupt")):
         with monkeypatch.context() as patch:
-            patch.setattr(place, name, stop)
-            assert "KeyboardInterrupt" in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
+            patch.setattr(place, name, what)
+            assert said_then in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
     owt("cut", *argv)
     assert capsys.readouterr().out == said and "\n1 broken lines" in said
     assert sorted(everything("data/cut").values()) == sorted(everything("data/whole").values())
@@ -306,7 +314,7 @@ def test_what_cannot_be_read_is_named_and_mended_it_goes_on(owt, name, cut, whol
         says("begun with other", more)
     part = everything("data")["data/x/train.bin"]
     put({"data/x/train.bin": part[:2], name: whole})
-    says("is shorter")
+    says("lost a part")
     put({"data/x/train.bin": part})
     owt("x", *argv)
     owt("y", *argv)
@@ -326,7 +334,7 @@ def test_what_cannot_be_read_is_named_and_mended_it_goes_on(owt, name, cut, whol
     ("openwebtext abc.txt --val empty.txt", "0 to validate"),
     ("openwebtext http://127.0.0.1:9/a.tar", "stopped at http://127.0.0.1:9/a.tar .URLError.* goes on from there"),
     ("openwebtext abc.txt --dataset abc", "abc is finished"),
-    ("openwebtext abc.txt --dataset torn", "stopped at data/torn .JSONDecodeError")])
+    ("openwebtext abc.txt --dataset half", "stopped at data/half .JSONDecodeError")])
 def test_bad_text_is_refused_and_what_was_there_is_not_touched(owt, argv, words):
     put({"some.doc": "", "bytes.txt": b"\xff\xfe\0", "a.txt": "a" * 12,
          "wide.txt": "some text ééü", "rich.txt": "".join(map(chr, range(0x10000, 0x20020)))})
