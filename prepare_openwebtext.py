@@ -37,7 +37,8 @@ from config import fail, not_none
 from data import Tokenizer
 from prepare_shakespeare import unpacked
 
-URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
+OPENWEBTEXT = [f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{i:02d}.tar"
+               for i in range(21)]
 # which files are read: by their names' endings, and none that is hidden. _data.xz is a tar inside OpenWebText's
 READ = re.compile(r"(?i)(^|[/\\])[^./\\][^/\\]*?(\.txt|(?P<json>\.jsonl|\.ndjson|\.json(?=\.xz|\.gz))"
                   r"|(?P<tar>\.tar|\.tgz|_data\.xz))(\.xz|\.gz)?$")
@@ -45,7 +46,7 @@ LONGEST = 2 ** 20                           # characters of a document in a .txt
 END = 50256                                 # <|endoftext|>, the last token of each document
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-parser.add_argument("--input", nargs="+", default=[URL.format(i) for i in range(21)],
+parser.add_argument("--input", nargs="+", default=OPENWEBTEXT,
                     help="files, folders, addresses (default: OpenWebText)")
 parser.add_argument("--val", nargs="+", default=(), help="files and folders for validation alone")
 parser.add_argument("--dataset", default="openwebtext", help="name of the folder under data/")
@@ -73,12 +74,11 @@ def in_archive(name, stream):
 
 
 def in_json_lines(name, lines):
-    """Yields the text of each line, nothing where it is null, and for a broken line bytes that say what is wrong."""
+    """Yields the text of each line, "" where it is null, and for a broken line bytes that say what is wrong."""
     for number, line in enumerate(lines, 1):
         try:
-            text = json.loads(line)[args.field] if line.strip() else None
-            if text is not None:
-                yield text.strip()
+            if line.strip():
+                yield (json.loads(line)[args.field] or "").strip()
         except Exception as e:  # noqa: BLE001 (of JSON, UTF-8, the field, or what has no strip)
             yield f"{name}, line {number} is no JSON with a string {args.field!r} ({e!r:.99})\n".encode()
 
@@ -117,7 +117,7 @@ for given in [*args.input, *args.val]:
     paths = [path for path in paths if READ.search(path) and ("://" in path or os.path.isfile(path))]
     if not paths:
         fail(f"{given} is neither a file nor a folder of files of a kind that is read: see --help")
-    share = 1 if given in args.val else 0 if args.val else args.val_share
+    share = given in args.val if args.val else args.val_share
     for path in paths:
         sources[os.path.realpath(path)] = path, share
 
@@ -165,7 +165,7 @@ def read(path, share):
                 continue
             broken = [item for item in batch if isinstance(item, bytes)]
             parts = {"train.bin": [], "val.bin": [], "broken.txt": broken}
-            for text, ids in zip(texts, bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
+            for text, ids in zip(texts, bpe.encode_ordinary_batch(texts)):
                 # its digest decides where a text goes, so that all copies of it go to the same side
                 name = "val.bin" if digest(text) < share else "train.bin"
                 if ids:
@@ -173,8 +173,7 @@ def read(path, share):
             for name, part in parts.items():
                 with open(folder / name, "ab") as file:
                     if file.tell() != done[name]:
-                        fail(f"{file.name} was changed by another process, or lost a part of its content: "
-                             f"wait until that has finished, or delete {folder}")
+                        fail(f"{name} lost a part, or was changed by another process: wait for that, or delete {folder}")
                     file.writelines(part)
                     done[name] = file.tell()
             done["read"] = at
@@ -202,7 +201,7 @@ def finish():
     if not n_train or not n_val:
         fail(f"{folder} has {n_train} tokens to train on, {n_val} to validate: use another text, --dataset")
     # how many characters begin in each token: as many as it has bytes that don't go on with one
-    begin_in = [sum(byte >> 6 != 2 for byte in bpe.decode_single_token_bytes(i)) for i in range(END)]
+    begin_in = [sum(byte >> 6 != 2 for byte in token) for token in bpe.decode_tokens_bytes(range(END))]
     counts = np.bincount(np.fromfile(folder / "val.bin", np.uint16))            # END is the highest id there
     (folder / "download").unlink(missing_ok=True)
     keep({"vocab_size": 50257, "source": ", ".join(args.input)[:200], "train_tokens": n_train,
@@ -227,7 +226,6 @@ try:
         read(path, share)
         done["sources"] += 1
         done["read"] = 0
-    path = folder
     n = done["train.bin"] + done["val.bin"]             # bytes, two a token
     if not args.val and not min(n / 100, 200_000) <= done["val.bin"] <= n * (0.2 + 0.8 * args.val_share):
         last_tenth()
