@@ -256,8 +256,7 @@ class Embed(nn.Module):
         self.V = V
         self.D = D
         self.weight = nn.Parameter(torch.randn(V, D))   # the embeddings, before table() sets their length
-        self.stem = Linear(D, C, zero=True)             # takes xt in
-        self.stem_sc = Linear(D, C)                     # takes in the previous estimate of the embeddings
+        self.stem = nn.Parameter(torch.randn(V, C))     # what the network reads for each token
         self.stem_bias = nn.Parameter(torch.randn(C))
         self.net = NETWORKS[cfg.net](cfg)
         self.head = Linear(C, V)
@@ -308,23 +307,20 @@ class Embed(nn.Module):
         alpha, sigma = self.scales(t)
         return F.linear(alpha / sigma ** 2 * xt, self.table(), self.bias)
 
-    def estimate(self, logits):
-        """(B, T, D): the mean embedding under the logits (B, T, V), in the precision of the network."""
-        p = logits.softmax(-1).to(self.net.dtype)
-        return (p @ self.table().to(p.dtype)).float()
-
     def denoise(self, xt, t, sc=None, known=None):
         """Logits (B, T, V): what each token tells alone, plus what the network reads from the context.
 
-        sc (B, T, D) is the previous estimate of the embeddings (self-conditioning, arXiv:2208.04202), at
-        first that of each token alone. Where known (B, T) is True, xt holds the embedding without noise.
+        sc (B, T, V) are the logits of its previous answer (self-conditioning, arXiv:2208.04202), at first
+        those of each token alone. The network doesn't see xt itself, but a mean over all tokens, weighted by
+        their probabilities in sc. Where known (B, T) is True, xt holds the embedding without noise.
         """
         alone = self.alone(xt, t, known)
         if sc is None:
-            sc = self.estimate(alone).detach()
-        # The length of sc says how sure it is. The network normalises its input, which would lose that
+            sc = alone.detach()
+        p = sc.softmax(-1).to(self.net.dtype)
+        # The length of the mean says how sure it is. The network normalises its input, which would lose that
         # length, but next to a vector that is always there, it shows.
-        h = self.stem(xt) + self.stem_sc(sc) + self.stem_bias
+        h = p @ self.stem.to(p.dtype) + self.stem_bias
         return alone + self.head(self.net(h, t)).float()
 
     def forward(self, x0, t):
@@ -347,9 +343,8 @@ class Embed(nn.Module):
         # look at this xt gave. Which ones is no matter, since rows come in random order.
         first = (B + 3) // 4
         with torch.no_grad():
-            sc = self.estimate(self.alone(xt, t, known))
-            logits = self.denoise(xt.detach()[first:], t[first:], sc[first:], known[first:])
-            sc[first:] = self.estimate(logits)
+            sc = self.alone(xt, t, known)
+            sc[first:] = self.denoise(xt.detach()[first:], t[first:], sc[first:], known[first:])
 
         logits = self.denoise(xt, t, sc, known)
         truth = x0.masked_fill(known, -100)             # F.cross_entropy leaves these out
@@ -358,13 +353,13 @@ class Embed(nn.Module):
     def predict(self, x0, t):
         """Noises x0 to t; probabilities (B, T, V) of its tokens: the mean of a second and a third look.
 
-        Each look at the same xt is told the estimate of the one before. The errors of the two differ, so
+        Each look at the same xt is told the answer of the one before. The errors of the two differ, so
         their mean gives a lower bound than either.
         """
         xt = self.corrupt(x0, t)
         first = self.denoise(xt, t)
-        second = self.denoise(xt, t, self.estimate(first))
-        third = self.denoise(xt, t, self.estimate(second))
+        second = self.denoise(xt, t, first)
+        third = self.denoise(xt, t, second)
         return (second.softmax(-1) + third.softmax(-1)) / 2
 
     def nelbo(self, x0, t):
@@ -427,13 +422,16 @@ class Embed(nn.Module):
         if known.all():
             return
         levels = torch.tensor([noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
+        context = 0                                     # logits that the network added to those of each token alone
         e0 = None
         for t, s in pairwise(levels):                   # from level t to a lower one, s
             now = t.expand(len(z))                                              # (B,)
-            logits = self.denoise(z, now, e0, known)
+            alone = self.alone(z, now, known)
+            logits = self.denoise(z, now, alone + context, known)
             if guidance:
                 without = self.denoise(z.masked_fill(fixed, 0), now)
                 logits = without + (1 + guidance) * (logits - without)
+            context = logits - alone
             p = probabilities(logits, temperature, top_k, top_p)
             before = e0
             e0 = p @ E                                                          # the estimate, (B, T, D)

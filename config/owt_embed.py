@@ -1,4 +1,4 @@
-# Diffusion on embeddings, of GPT-2's size, on OpenWebText: 85 M parameters in the blocks, 129 M in all.
+# Diffusion on embeddings, of GPT-2's size, on OpenWebText: 85 M parameters in the blocks, 168 M in all.
 #
 #     python prepare_openwebtext.py                                       # once: 18 GB in data/openwebtext
 #     torchrun --nproc_per_node=3 train.py config/owt_embed.py
@@ -10,11 +10,11 @@
 # is enough for the bound, and 32 leaves a margin for embeddings that training moves together.
 #
 # By arithmetic, none of it measured yet (bench.py measures):
-# - work: 1,090 MFLOP a token (the head at every position, a second look at 3/4 of the rows), 1.1e20 in all.
-#   At 40 % of the 989 TFLOP/s of an H100 or H200: 3.1 days on one, 1.0 on 3, 0.4 on 8.
-# - memory: weights, gradients and average 1.5 GB, momenta 0.7 GB, DDP's copy of the gradients 0.5 GB; about
-#   0.9 GB for each sequence of a micro-batch (the logits in float32 are 0.2): 17.6 GB with micro-batches of
-#   16, 6.6 with 4.
+# - work: 1,296 MFLOP a token (the head at every position, a second look at 3/4 of the rows), 1.3e20 in all.
+#   At 40 % of the 989 TFLOP/s of an H100 or H200: 3.7 days on one, 1.2 on 3, 0.5 on 8.
+# - memory: weights, gradients and average 2.0 GB, momenta 1.0 GB, DDP's copy of the gradients 0.7 GB; about
+#   1.2 GB for each sequence of a micro-batch (logits, or probabilities, in float32 are 0.2): 22.9 GB with
+#   micro-batches of 16, 8.5 with 4.
 out_dir = "out-owt-embed"
 dataset = "openwebtext"
 process = "embed"

@@ -93,7 +93,7 @@ class Causal(SeparateHead):
 
 
 class NoSecondLook(Embed):
-    """The network is never told its own estimate, but always that of each token alone."""
+    """The network is never told its own answer, but always that of each token alone."""
 
     def denoise(self, xt, t, sc=None, known=None):
         return super().denoise(xt, t, None, known)
@@ -135,10 +135,10 @@ class FirstOrder(Embed):
     def sample(self, x, known, steps):
         E = self.table()
         z = torch.randn_like(E[x])
-        e0 = None
+        p = None
         levels = torch.tensor([1 - i / steps for i in range(steps + 1)], device=x.device)
         for t, s in pairwise(levels):
-            logits = self.denoise(z, t.expand(len(z)), e0)
+            logits = self.denoise(z, t.expand(len(z)), p)
             p = logits.softmax(-1)
             e0 = p @ E
             alpha, sigma = self.scales(t)
@@ -183,7 +183,7 @@ if name == "uniform times":
     diffusion.times = lambda rng, n_micro, B, bell=False: times(rng, n_micro, B)
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["train.py", f"--process={process}", "--eval_interval=1000000", f"--out_dir={folder}", *flags]
-    train = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    train = runpy.run_path(str(ROOT / "train.py"))
 row = f"ROW {process}, {name} {' '.join(flags)}: bound {train['nelbo']:.4f} ± {train['se']:.4f}"
 judge = Judge(f"data/{train['cfg'].dataset}")
 T = train["T"]
