@@ -125,11 +125,6 @@ def test_training_lowers_the_loss_keeps_the_bias_and_goes_on_exactly(work, dtype
     for name in "model", "ema":
         assert all(torch.equal(whole[name][key], parts[name][key]) for key in before["model"])
         assert torch.equal(whole[name]["bias"], before["model"]["bias"])
-    capsys.readouterr()
-    script("sample.py", f"--out_dir={dtype}", f"--dtype={dtype}", "--text=The {8} of{3}.", "--num_samples=2",
-           "--steps=4")
-    texts = capsys.readouterr().out.split("\n" + 80 * "-" + "\n")
-    assert len(texts) == 2 and all(re.fullmatch("(?s)The .* of.*\\.\n?", text) for text in texts)
 
 
 def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monkeypatch):
@@ -148,8 +143,6 @@ def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monke
 
 @pytest.mark.parametrize("words, name, value", [
     ("config.json isn't of a RoBERTa .*FileNotFound", "config.json", None),
-    ("vocab.json isn't of a RoBERTa .*FileNotFound", "vocab.json", None),
-    ("config.json isn't of .*KeyError..model_type", "config.json", "{}"),
     ("vocab.json isn't of .*KeyError..!", "vocab.json", "{}"),
     *(("model.safetensors isn't of a RoBERTa", "model.safetensors", size) for size in (0, 6_000_000)),
     ("model_type is 'xlm-roberta'", "model_type", "xlm-roberta"),
