@@ -256,8 +256,9 @@ class Embed(nn.Module):
         self.V = V
         self.D = D
         self.weight = nn.Parameter(torch.randn(V, D))   # the embeddings, before table() sets their length
-        self.stem = nn.Parameter(torch.randn(V, C))     # what the network reads for each token
-        self.stem_bias = nn.Parameter(torch.randn(C))
+        # what the network reads for each token, and beside it; from short ones AdamW gets further
+        self.stem = nn.Parameter(torch.randn(V, C) * C ** -0.5)
+        self.stem_bias = nn.Parameter(torch.randn(C) * C ** -0.5)
         self.net = NETWORKS[cfg.net](cfg)
         self.head = Linear(C, V)
         self.bias = nn.Parameter(torch.zeros(V))        # the head's; train.py puts the log-frequencies there
