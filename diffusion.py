@@ -257,8 +257,8 @@ class Embed(nn.Module):
         self.D = D
         self.weight = nn.Parameter(torch.randn(V, D))   # the embeddings, before table() sets their length
         # what the network reads for each token, and beside it; from short ones AdamW gets further
-        self.stem = nn.Parameter(torch.randn(V, C) * C ** -0.5)
-        self.stem_bias = nn.Parameter(torch.randn(C) * C ** -0.5)
+        self.stem = nn.Parameter(0.02 * torch.randn(V, C))
+        self.stem_bias = nn.Parameter(0.02 * torch.randn(C))
         self.net = NETWORKS[cfg.net](cfg)
         self.head = Linear(C, V)
         self.bias = nn.Parameter(torch.zeros(V))        # the head's; train.py puts the log-frequencies there
