@@ -256,7 +256,7 @@ class Embed(nn.Module):
         self.V = V
         self.D = D
         self.weight = nn.Parameter(torch.randn(V, D))   # the embeddings, before table() sets their length
-        # what the network reads for each token, and beside it; from short ones AdamW gets further
+        # the vectors that the network reads for tokens, and one beside them; AdamW turns short ones faster
         self.stem = nn.Parameter(0.02 * torch.randn(V, C))
         self.stem_bias = nn.Parameter(0.02 * torch.randn(C))
         self.net = NETWORKS[cfg.net](cfg)
@@ -312,8 +312,8 @@ class Embed(nn.Module):
         """Logits (B, T, V): what each token tells alone, plus what the network reads from the context.
 
         sc (B, T, V) are the logits of its previous answer (self-conditioning, arXiv:2208.04202), at first
-        those of each token alone. The network doesn't see xt itself, but a mean over all tokens, weighted by
-        their probabilities in sc. Where known (B, T) is True, xt holds the embedding without noise.
+        those of each token alone. The network doesn't see xt itself: it reads the mean of the tokens' vectors
+        under the probabilities in sc. Where known (B, T) is True, xt holds the embedding without noise.
         """
         alone = self.alone(xt, t, known)
         if sc is None:
