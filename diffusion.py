@@ -249,6 +249,7 @@ class Embed(nn.Module):
     CURVE = 4, 3.5          # the shape of the schedule in between, see schedule()
     KNOWN_SHARE = 1 / 8     # this share of the rows in training has a part that is known
     HIDDEN_SHARE = 0.1      # this share of the tokens in training is hidden altogether
+    AHEAD = 1               # how far the sampler's estimate goes on as it moved: 0 is of first order, 1 of second
 
     def __init__(self, cfg, V):
         super().__init__()
@@ -436,7 +437,7 @@ class Embed(nn.Module):
             p = probabilities(logits, temperature, top_k, top_p)
             before = e0
             e0 = p @ E                                                          # the estimate, (B, T, D)
-            ahead = e0 if before is None else 2 * e0 - before                   # extrapolated: second order
+            ahead = e0 if before is None else (1 + self.AHEAD) * e0 - self.AHEAD * before       # extrapolated
 
             # to level s: keep the noise that z implies, but draw a part of it anew (DDIM, eq. 12 and 16)
             alpha, sigma = self.scales(t)

@@ -9,7 +9,6 @@ model that is trained already. The run's folder is a temporary one.
 import runpy
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).resolve().parents[:2]
@@ -129,26 +128,8 @@ class OneLook(Embed):
 
 
 class FirstOrder(Embed):
-    """The sampler takes its estimate as it is, not extrapolated. It can do nothing but generate."""
-
-    @torch.no_grad()
-    def sample(self, x, known, steps):
-        E = self.table()
-        z = torch.randn_like(E[x])
-        p = None
-        levels = torch.tensor([1 - i / steps for i in range(steps + 1)], device=x.device)
-        for t, s in pairwise(levels):
-            logits = self.denoise(z, t.expand(len(z)), p)
-            p = logits.softmax(-1)
-            e0 = p @ E
-            alpha, sigma = self.scales(t)
-            alpha_s, sigma_s = self.scales(s)
-            eps = (z - alpha * e0) / sigma
-            fresh = (sigma_s / sigma) ** 2 * (1 - (alpha / alpha_s) ** 2)
-            z = alpha_s * e0 + (sigma_s ** 2 - fresh).sqrt() * eps
-            z = z + fresh.sqrt() * torch.randn_like(z)
-            certainty, tokens = p.max(-1)
-            yield tokens, certainty
+    """The sampler takes its estimate as it is, not extrapolated."""
+    AHEAD = 0
 
 
 VARIANTS = {
