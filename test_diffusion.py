@@ -231,7 +231,7 @@ def test_mean_over_all_masks_is_mean_chain_rule_over_all_orders():
     """A text's likelihood can be told one token after the other, in any order. The bound is the mean of all."""
     n = 4
     model = build("masked", 3, block_size=n)
-    stir(model)
+    stir(model, 0.3)
     x0 = torch.tensor([[2, 0, 1, 1]])
 
     def mask(places):
@@ -265,11 +265,11 @@ def test_masks_are_exactly_as_many_as_t_says_and_all_numbers_come_alike(n):
     assert (ends == 5).sum(1).tolist() == [1, n]
 
 
-def stir(module):
+def stir(module, size=0.2):
     """Moves the weights from where they start, at which much is zero."""
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+            p.add_(size * torch.randn_like(p))
 
 
 def data_and_times():

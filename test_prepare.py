@@ -1,6 +1,6 @@
 """Preparation: any text to characters or strings, many documents to byte pairs. A section of test_tools.py.
 
-It needs the helpers everything, put, python, refused and script.
+It needs the helpers byte_pairs, call_in, everything, put, python, refused and script.
 """
 import contextlib
 import gzip
@@ -22,7 +22,7 @@ import pytest
 
 from data import Tokenizer, load_data
 from prepare_shakespeare import WORDS, join, joined
-from test_tools import everything, put, python, refused, script
+from test_tools import byte_pairs, call_in, everything, put, python, refused, script
 
 # ---- preparation: any text to characters or strings
 
@@ -176,10 +176,7 @@ SECOND = ARCHIVE.index(b"openwebtext/1_data.xz")
 @pytest.fixture
 def owt(folder):
     """Runs prepare_openwebtext.py."""
-    try:
-        Tokenizer({"vocab_size": 50257})
-    except SystemExit:
-        pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
+    byte_pairs()
     return lambda dataset, *argv: script("prepare_openwebtext.py", "--dataset", dataset, *argv)
 
 
@@ -261,20 +258,17 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch, capsys, 
         dies_at(n, lambda: owt("cut", *argv))
     assert json.loads(everything("data")["data/cut/meta.json"])["read"] > 0
 
-    def stop(*_, **__):
+    def stop():
         raise KeyboardInterrupt
 
-    replace = os.replace
-
-    def another(*paths):                                # another process writes, too
-        replace(*paths)
+    def another():                                      # another process writes, too
         put({"data/cut/train.bin": Path("data/cut/train.bin").read_bytes() + b"its"})
 
-    for place, name, what, said_then in (
+    for owner, name, action, said_then in (
             (os, "replace", another, "by another process"), (Path, "write_text", stop, "KeyboardInterrupt"),
             (Path, "unlink", stop, "KeyboardInterrupt")):
         with monkeypatch.context() as patch:
-            patch.setattr(place, name, what)
+            call_in(patch, 1, owner, name, action)
             assert said_then in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
     owt("cut", *argv)
     assert capsys.readouterr().out == said and "\n1 broken lines" in said

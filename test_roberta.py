@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import optim
-from data import Tokenizer, load_checkpoint
+from data import load_checkpoint
 from diffusion import load_model
-from test_tools import call_in, put, refused, script, send
+from test_tools import byte_pairs, call_in, put, refused, samples, script, send
 
 transformers = pytest.importorskip("transformers", reason="RoBERTa's oracle: pip install transformers==5.24.0")
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -37,10 +37,7 @@ def work(tmp_path_factory):
     its id of each of our tokens, and the tokenizer.
     """
     os.chdir(tmp_path_factory.mktemp("roberta"))
-    try:
-        tokenizer = Tokenizer({"vocab_size": 50257})
-    except SystemExit:
-        pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
+    tokenizer = byte_pairs()
     torch.manual_seed(0)
     roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(
         vocab_size=50265, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
@@ -53,7 +50,7 @@ def work(tmp_path_factory):
     theirs[:END] = 4 + torch.randperm(END)
     theirs[END] = 2                         # </s>
     letter = bytes_to_unicode()
-    names = ["".join(letter[byte] for byte in tokenizer.bpe.decode_single_token_bytes(i)) for i in range(END)]
+    names = ["".join(letter[byte] for byte in token) for token in tokenizer.bpe.decode_tokens_bytes(range(END))]
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<|endoftext|>": 50260, "<mask>": 50264}
     ids = np.array(tokenizer.encode("\n".join(topics.values()))[:20_000], np.uint16)
     put({"hf/vocab.json": json.dumps(special | dict(zip(names, theirs.tolist()))),
@@ -99,13 +96,12 @@ def test_other_files_give_the_same_weights_and_pickles_are_not_executed(work):
 
 def test_a_blank_gets_what_roberta_gives_and_nothing_was_measured(work, capsys):
     roberta, theirs, tokenizer = work
-    script("sample.py", "--out_dir=out-roberta", "--text=The value of{1} is None.", "--temperature=0",
-           "--num_samples=1", "--device=cpu")
-    out, err = capsys.readouterr()
+    texts, err = samples(capsys, "--out_dir=out-roberta", "--text=The value of{1} is None.", "--temperature=0",
+                         "--num_samples=1", "--device=cpu")
     ids = [*tokenizer.encode("The value of"), MASK, *tokenizer.encode(" is None.")]
     logits = roberta(theirs[ids][None]).logits[0, ids.index(MASK)]
     best = logits[theirs[:END + 1]].argmax().item()
-    assert out == f"The value of{tokenizer.decode([best])} is None.\n"
+    assert texts == [f"The value of{tokenizer.decode([best])} is None."]
     assert "step 0, bound nan nats/token, trained on what RoBERTa in hf was" in err
 
 
@@ -125,6 +121,10 @@ def test_training_lowers_the_loss_keeps_the_bias_and_goes_on_exactly(work, dtype
     for name in "model", "ema":
         assert all(torch.equal(whole[name][key], parts[name][key]) for key in before["model"])
         assert torch.equal(whole[name]["bias"], before["model"]["bias"])
+    capsys.readouterr()
+    texts, _ = samples(capsys, f"--out_dir={dtype}", f"--dtype={dtype}", "--text=The {8} of{3}.", "--num_samples=2",
+                       "--steps=4")
+    assert len(texts) == 2 and all(re.fullmatch("(?s)The .* of.*\\.", text) for text in texts)
 
 
 def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monkeypatch):
@@ -143,6 +143,8 @@ def test_it_starts_from_nothing_too_and_a_compiled_step_is_one_graph(work, monke
 
 @pytest.mark.parametrize("words, name, value", [
     ("config.json isn't of a RoBERTa .*FileNotFound", "config.json", None),
+    ("vocab.json isn't of a RoBERTa .*FileNotFound", "vocab.json", None),
+    ("config.json isn't of .*KeyError..model_type", "config.json", "{}"),
     ("vocab.json isn't of .*KeyError..!", "vocab.json", "{}"),
     *(("model.safetensors isn't of a RoBERTa", "model.safetensors", size) for size in (0, 6_000_000)),
     ("model_type is 'xlm-roberta'", "model_type", "xlm-roberta"),

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from pydoc_data.topics import topics
 from xml.etree import ElementTree
 
@@ -31,7 +32,7 @@ from diffusion import PROCESSES, times
 from pictures import animation
 from test_diffusion import TINY, last, unknown
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
 SMALL = [f"--{name}={value}" for name, value in TINY.items()] + [
     "--dataset=text", "--eval_iters=2", "--eval_interval=4", "--max_iters=8", "--warmup_iters=2"]
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -46,7 +47,7 @@ def script(name, *argv):
     sys.argv = [name, *argv]
     listen_to_signals()
     try:
-        return runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+        return runpy.run_path(f"{HERE}/{name}", run_name="__main__")
     finally:
         sys.argv = before
         for number, handler in zip(SIGNALS, handlers):
@@ -75,16 +76,15 @@ def python(*argv):
 
 def put(files):
     """Writes files, {path: bytes or text}, and the folders they are in."""
-    for path, content in files.items():
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "wb") as f:
-            f.write(content if isinstance(content, bytes) else content.encode())
+    for name, content in files.items():
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def everything(folder):
     """{path: bytes} of all that is in a folder."""
-    paths = [path for path in glob.glob(f"{folder}/**", recursive=True) if os.path.isfile(path)]
-    return {path: open(path, "rb").read() for path in paths}
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def prepare(name, text):
@@ -107,6 +107,14 @@ def text_dir(tmp_path_factory):
 def here(text_dir):
     os.chdir(text_dir)
     return text_dir
+
+
+def byte_pairs():
+    """GPT-2's tokenizer; where it isn't, the test is skipped."""
+    try:
+        return Tokenizer({"vocab_size": 50257})
+    except SystemExit:
+        pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
 
 
 # ---- settings
@@ -215,7 +223,7 @@ def torchrun(n, *flags, node=0, nodes=1):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--nnodes={nodes}",
          f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
-         os.path.join(HERE, "train.py"), *flags],
+         f"{HERE}/train.py", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -505,8 +513,8 @@ def test_sampling_refuses_what_it_cannot_use(here, broken, flags, words):
 def samples(capsys, *flags):
     """The texts that sample.py writes, and what it says."""
     script("sample.py", *flags)
-    out = capsys.readouterr()
-    return out.out[:-1].split("\n" + "-" * 80 + "\n"), out.err
+    out, err = capsys.readouterr()
+    return out[:-1].split(f"\n{80 * '-'}\n"), err
 
 
 @pytest.mark.parametrize("flags, pattern", [
@@ -573,10 +581,7 @@ def test_svg_lays_text_out_in_lines_and_columns(text, lines):
 
 @pytest.fixture(scope="session")
 def gpt2():
-    try:
-        return Tokenizer({"vocab_size": 50257})
-    except SystemExit:
-        pytest.skip("GPT-2's byte pairs aren't here: set TIKTOKEN_CACHE_DIR or connect once")
+    return byte_pairs()
 
 
 def test_pieces_of_byte_pairs_keep_halves_of_characters_together(gpt2):
@@ -626,6 +631,10 @@ def test_end_to_end_a_model_learns_english_and_does_not_collapse(here, process):
     x = last(ran["ema"].sample(*unknown(64, 64), 64))
     share = np.bincount(x.flatten(), minlength=len(real)) / x.numel()
     assert share.max() < 1.5 * real[share.argmax()] and entropy(share) > entropy(real) - 0.3
+
+
+def test_ablations_change_what_is_there():
+    assert "as it is" in refused("results/ablations.py", "masked", "no such one")
 
 
 def test_bench_measures_both_processes_beside_a_gpt(here, monkeypatch, capsys):
