@@ -5,9 +5,11 @@
 
 The settings are train.py's, but all processes are measured. The dataset synthetic is made of random tokens of
 GPT-2's vocabulary. A step is all that train.py does in one: batches, forward and backward pass, clipping,
-optimizers, average. GiB are those of the model on a GPU, and on a CPU those of the whole program so far.
+optimizers, average. GiB are those of the model on a GPU, and on a CPU those of the whole program so far. Not for
+Windows, which has no getrusage.
 """
 import copy
+import sys
 import time
 from resource import RUSAGE_SELF, getrusage
 
@@ -140,7 +142,8 @@ for name, kind in {"masked": Masked, "embed": Embed, "causal GPT": Causal}.items
     if on_cuda:
         memory[name] = torch.cuda.max_memory_allocated() - before
     else:
-        memory[name] = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        memory[name] = unit * getrusage(RUSAGE_SELF).ru_maxrss
 
 # the models take turns, so that what else runs on the machine slows down all of them
 for _ in range(9):

@@ -71,7 +71,7 @@ class Config:
     block_size: positive = 128                  # tokens in a sequence
     n_layer: positive = 3
     n_head: positive = 3
-    n_embd: positive = 192                      # channels: an even number for each head
+    n_embd: number(int, 4) = 192                # channels: an even number for each head
     qk_norm: truth = False                      # normalised queries and keys: attention of large models stays in bounds
     dropout: not_all = 0.0
     learning_rate: amount = 0.01                # of Muon, for the matrices of the own net's blocks

@@ -72,7 +72,7 @@ def load_data(dataset, block_size):
             if max(ids[:ENDS].max(), ids[-ENDS:].max()) >= meta["vocab_size"]:
                 fail(f"{folder}/{split}.bin holds ids beyond the vocabulary: prepare it again")
     except Exception as e:  # noqa: BLE001 (meta.json may hold anything)
-        fail(f"{folder} can't be used ({e!r}): prepare_*.py --dataset {dataset} writes it, or goes on with it")
+        fail(f"{folder} can't be used ({e!r}): prepare_*.py --dataset {dataset} writes it anew, or goes on with it")
     # tells a data set that was prepared anew from the one before
     meta["checksum"] = zlib.crc32(splits["val"][:ENDS], zlib.crc32(splits["train"][:ENDS]))
     return meta, splits
@@ -105,12 +105,12 @@ def load_checkpoint(path):
     """What save_checkpoint() wrote, on the CPU. Never executes code; exits if it is missing or foreign."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt.get("format") != FORMAT:
+            fail(f"{path} is of an older version, which commit b26d635 or 42a868e reads")
         Config(**ckpt["config"])                        # raises an error if this version has other settings
-        assert ckpt["format"] == FORMAT
         return ckpt
     except Exception as e:  # noqa: BLE001 (torch, zip and pickle have errors of their own)
-        fail(f"{path} isn't a checkpoint of this version ({type(e).__name__}): train first, or name another; "
-             "the last commit that reads those of the network before is b26d635")
+        fail(f"{path} isn't a checkpoint of this version ({type(e).__name__}): train first, or name another")
 
 
 def load_weights(model, weights, path):

@@ -50,8 +50,7 @@ def times(rng, n_micro, B, bell=False):
         u = 0.5 + 0.2 * torch.special.ndtri(tail + (1 - 2 * tail) * u)
     # deal the grid out like cards, so that each micro-batch sees all levels; then shuffle each hand
     hands = u.view(B, n_micro).T
-    shuffled = rng.permuted(hands.numpy(), axis=1)
-    return torch.from_numpy(shuffled).float()
+    return torch.from_numpy(rng.permuted(hands.numpy(), axis=1)).float()
 
 
 def highest(score, k):
@@ -343,7 +342,7 @@ class Embed(nn.Module):
 
         # Self-conditioning: a quarter of the rows gets what each token tells alone, the others what a first
         # look at this xt gave. Which ones is no matter, since rows come in random order.
-        first = (B + 3) // 4
+        first = (B + 2) // 4
         with torch.no_grad():
             sc = self.alone(xt, t, known)
             sc[first:] = self.denoise(xt.detach()[first:], t[first:], sc[first:], known[first:])
@@ -388,10 +387,9 @@ class Embed(nn.Module):
         """Scalars by name, for train.py's table by noise level. A collapsed model shows in the last two."""
         p = self.predict(x0, t)
         e, e0 = self.embed(x0), p @ self.table()
-        _, sigma = self.scales(t)
         log_p = p.clamp(min=1e-30).log()
         return {
-            "noise share": sigma.square().mean(),
+            "noise share": self.scales(t)[1].square().mean(),
             "cross-entropy": F.nll_loss(log_p.transpose(1, 2), x0),
             "accuracy": (p.argmax(-1) == x0).float().mean(),
             "cosine": F.cosine_similarity(e, e0, dim=-1).mean(),
@@ -424,20 +422,22 @@ class Embed(nn.Module):
         if known.all():
             return
         levels = torch.tensor([noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
-        context = 0                                     # logits that the network added to those of each token alone
+        context = aside = 0         # what the network added to the logits of each token alone; for guidance
         e0 = None
         for t, s in pairwise(levels):                   # from level t to a lower one, s
             now = t.expand(len(z))                                              # (B,)
             alone = self.alone(z, now, known)
             logits = self.denoise(z, now, alone + context, known)
-            if guidance:
-                without = self.denoise(z.masked_fill(fixed, 0), now)
-                logits = without + (1 + guidance) * (logits - without)
             context = logits - alone
+            if guidance:
+                alone = self.bias.where(fixed, alone)                           # as if nothing was known
+                without = self.denoise(z.masked_fill(fixed, 0), now, alone + aside)
+                aside = without - alone
+                logits = without + (1 + guidance) * (logits - without)
             p = probabilities(logits, temperature, top_k, top_p)
             before = e0
             e0 = p @ E                                                          # the estimate, (B, T, D)
-            ahead = e0 if before is None else (1 + self.AHEAD) * e0 - self.AHEAD * before       # extrapolated
+            ahead = e0 if before is None else e0 + self.AHEAD * (e0 - before)   # extrapolated
 
             # to level s: keep the noise that z implies, but draw a part of it anew (DDIM, eq. 12 and 16)
             alpha, sigma = self.scales(t)

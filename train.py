@@ -179,7 +179,7 @@ if cfg.compile:
     torch._dynamo.config.capture_dynamic_output_shape_ops = True                # masked: K changes
     torch._dynamo.config.optimize_ddp = False           # one graph, as on one device: or dropout differs
     model.compile()
-net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+net = DistributedDataParallel(model) if world > 1 else model
 
 n_params = sum(p.numel() for p in model.parameters())
 say(f"{cfg.process} diffusion on {cfg.device} x {world}, {cfg.dtype}{', compiled' * cfg.compile}: "
@@ -248,7 +248,7 @@ def save(nelbo=math.inf):
     """
     about = {"config": kept, "meta": meta, "step": step, "val_batches": val_batches}
     if not all(p.isfinite().all() for p in model.parameters()):
-        say(f"the weights at step {step} aren't finite, so they aren't saved: lower learning_rate")
+        say(f"the weights at step {step} aren't finite, so they aren't saved: lower the learning rates")
         return False
     try:
         save_checkpoint(ckpt_path, about | {
@@ -259,7 +259,7 @@ def save(nelbo=math.inf):
             save_checkpoint(model_path, about | {"model": ema.state_dict(), "nelbo": nelbo})
         with open(f"{cfg.out_dir}/log.csv", "w") as f:
             f.writelines(["step,train_loss,val_nelbo,se\n", *log.values()])
-    except OSError as e:
+    except (OSError, SystemExit) as e:      # the latter if model.pt can't be read
         say(f"not saved at step {step}, so what was there before stays: {e}")
         return False
     return True
@@ -308,7 +308,7 @@ try:
             mean = total(torch.stack(losses).mean()).item() / world
             losses.clear()
             if not math.isfinite(mean):
-                fail(f"loss {mean} at step {step}: lower learning_rate; that isn't saved")
+                fail(f"loss {mean} at step {step}: lower the learning rates; that isn't saved")
             train_loss = f"{mean:.4f}"
             bar.set_postfix_str(f"step {step}, loss {train_loss}")
             if not in_terminal and time.time() > printed + 60:

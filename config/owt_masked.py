@@ -4,6 +4,7 @@
 #     torchrun --nproc_per_node=3 train.py config/owt_masked.py
 #     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py config/owt_masked.py \
 #         --gradient_accumulation_steps=48 --batch_size=10                # and node_rank 1 on the other one
+#     data/ and out-owt-masked/ are on a disk that all nodes see
 #
 # A step is 480 sequences x 1,024 tokens = 491,520 tokens, in 30 micro-batches, which divide over 1, 2, 3, 5,
 # 6 and 10 GPUs. The same 480 sequences on 4 or 8 GPUs: --batch_size=12 --gradient_accumulation_steps=40; with
