@@ -61,7 +61,7 @@ class Config:
     init_from: str = "scratch"                  # scratch, resume, auto (resume where ckpt.pt is), or a model.pt
     eval_only: truth = False                    # measures a model without training it
     eval_interval: positive = 225               # steps from one evaluation to the next; each also saves
-    eval_iters: number(int, 2) = 32             # batches of an evaluation, the same ones each time
+    eval_iters: number(int, 2) = 20             # batches of an evaluation, the same ones each time
     log_interval: positive = 10                 # steps from one look at the training loss to the next
     process: choice("masked", "embed") = "masked"   # which kind of noise
     net: choice("own", "roberta") = "own"       # the network: model.py's, or RoBERTa (prepare_roberta.py)

@@ -1,7 +1,7 @@
 """Trains a diffusion language model.
 
     python train.py                                              # laptop size, for 2 CPU cores
-    torchrun --nproc_per_node=3 train.py config/shakespeare_masked.py --gradient_accumulation_steps=3
+    torchrun --nproc_per_node=3 train.py config/owt_masked.py    # GPT-2's size, three GPUs
     python train.py --init_from=resume                           # goes on from out/ckpt.pt, exactly
     python train.py --init_from=out/model.pt --eval_only=True    # the bound of a model
 
@@ -191,7 +191,7 @@ say(f"{cfg.process} diffusion on {cfg.device} x {world}, {cfg.dtype}{', compiled
 
 # ---- evaluation: the averaged weights, on the same crops and noise each time, dealt to all processes
 
-LEVELS = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95
+LEVELS = 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95
 
 
 @torch.no_grad()

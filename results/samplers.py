@@ -69,8 +69,9 @@ def read(path):
     rows = []
     with open(path, encoding="utf-8") as f:
         for line in f:
-            if line.startswith(("| masked", "| embed")) and line.count("|") == 8:
-                rows.append(line.strip("| \n").split(" | "))
+            row = line.strip("| \n").split(" | ")
+            if row[0] in SETTINGS and len(row) == 7:
+                rows.append(row)
     return rows
 
 
