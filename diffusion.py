@@ -422,7 +422,7 @@ class Embed(nn.Module):
         if known.all():
             return
         levels = torch.tensor([noise * SCHEDULES[schedule](1 - i / steps) for i in range(steps + 1)], device=x.device)
-        context = aside = 0         # what the network added to the logits of each token alone; for guidance
+        context = aside = 0     # logits that the network added to those of each token alone; aside is for guidance
         e0 = None
         for t, s in pairwise(levels):                   # from level t to a lower one, s
             now = t.expand(len(z))                                              # (B,)
