@@ -267,9 +267,8 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(owt, monkeypatch, capsys, 
     for owner, name, action, said_then in (
             (os, "replace", another, "by another process"), (Path, "write_text", stop, "KeyboardInterrupt"),
             (Path, "unlink", stop, "KeyboardInterrupt")):
-        with monkeypatch.context() as patch:
-            call_in(patch, 1, owner, name, action)
-            assert said_then in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
+        call_in(monkeypatch, 1, owner, name, action)
+        assert said_then in refused("prepare_openwebtext.py", "--dataset=cut", *argv)
     owt("cut", *argv)
     assert capsys.readouterr().out == said and "\n1 broken lines" in said
     assert sorted(everything("data/cut").values()) == sorted(everything("data/whole").values())

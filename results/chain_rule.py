@@ -53,15 +53,16 @@ def report(name, nats):
 
 torch.set_grad_enabled(False)
 folder = sys.argv[1]
-n, n_orders = [*map(int, sys.argv[2:]), 1][:2]
+n = int(sys.argv[2])
+n_orders = int(sys.argv[3]) if len(sys.argv) > 3 else 1
 model, _, cfg, _ = load_model(f"{folder}/model.pt")
 _, splits = load_data(cfg.dataset, cfg.block_size)
 x0 = crops(splits["val"], np.random.default_rng(0), n, cfg.block_size)
 torch.manual_seed(0)
+random = ALL_ORDERS.pop("random")
 for name, order in ALL_ORDERS.items():
-    if name != "random":
-        report(f"chain rule, {name}", chain_rule(model, x0, order))
-nll = torch.stack([chain_rule(model, x0, ORDERS["random"]) for _ in range(n_orders)])      # (n_orders, n)
+    report(f"chain rule, {name}", chain_rule(model, x0, order))
+nll = torch.stack([chain_rule(model, x0, random) for _ in range(n_orders)])                # (n_orders, n)
 report("chain rule, random", nll.mean(0))
 draws = []
 for i in range(64):
